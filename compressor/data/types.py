@@ -1,0 +1,35 @@
+"""Data as the rest of the tool sees it. Memory holds raw samples once; model inputs are made per batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from compressor.types import Array, Inputs
+
+
+class Split(Protocol):
+    """One part of the data."""
+
+    name: str  # train, validation, calibration, test, transfer
+    labels: Array | None  # int64 (N,); None when there are none
+    digests: Array  # "S16" (N,): digest of each raw sample, for duplicates and cache keys
+
+    def __len__(self) -> int: ...
+
+    def batch(self, index: Array) -> Inputs:
+        """Preprocessed, stacked model inputs by name for these sample positions (text padded to this batch's longest)."""
+        ...
+
+
+@dataclass(frozen=True)
+class DataBundle:
+    """All parts: ``train validation calibration test`` and perhaps ``transfer``. Disjoint; duplicates are checked."""
+
+    splits: Mapping[str, Split]
+    labels: tuple[str, ...]
+    source: str
+    digests: Mapping[str, str]  # per split
+    duplicates_dropped: int = 0
+    notes: tuple[str, ...] = field(default=())

@@ -1,0 +1,121 @@
+"""Hardware profiles: what a device is, which target compiles for it, and what pruning and quantization must respect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from compressor.config import Frozen, read_toml, suggestion, validate
+from compressor.errors import ConfigError
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Source(Frozen):
+    """Where figures of the profile come from: a datasheet, a manual page, or a command that was run."""
+
+    figures: tuple[str, ...]  # keys of this profile, such as "memory.ram_mib"
+    title: str
+    url: str | None = None
+    command: str | None = None
+
+
+class Compute(Frozen):
+    """The processor that runs the model."""
+
+    processor: str
+    architecture: Literal["x86_64", "aarch64", "armv7", "cuda", "none"]
+    cores: Annotated[int, Field(ge=1)] | None = None
+    clock_ghz: Positive | None = None
+    features: tuple[str, ...] = ()  # instruction sets: avx2, avx512_vnni, asimddp ...
+    capability: str | None = None  # CUDA compute capability, "8.9"
+
+
+class Memory(Frozen):
+    """Main memory of the device."""
+
+    ram_mib: Positive | None = None
+    bandwidth_gbs: Positive | None = None
+
+
+class Runtime(Frozen):
+    """How the runtime is set up on the device."""
+
+    threads: Annotated[int, Field(ge=1)] = 1
+    graph_level: Literal["disabled", "basic", "extended", "all"] = "all"
+    arena: bool = True
+    batch: Annotated[int, Field(ge=1)] = 1  # the batch that latency is measured at
+
+
+class QuantizationRules(Frozen):
+    """What the target's int8 takes and what is fast on it; the quantizer emits only this."""
+
+    int8: bool = True
+    activation: Literal["uint8", "int8"] = "uint8"
+    symmetric_activation: bool = False
+    weight: Literal["int8", "uint8"] = "int8"
+    quantize_bias: bool = True  # TensorRT refuses int32 bias pairs
+    weighted_only: bool = False  # quantize only Conv, Gemm, MatMul (TensorRT placement)
+    dynamic: bool = True
+    reduce_range: bool = False  # x86 without VNNI saturates 16-bit sums
+
+
+class Constraints(Frozen):
+    """What surgeries must respect."""
+
+    channel_multiple: Annotated[int, Field(ge=1)] = 1
+    precisions: tuple[Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"], ...] = ("fp32", "int8")
+    static_shapes: bool = False
+
+
+class HardwareProfile(Frozen):
+    """A device: data with a source for every figure."""
+
+    name: str
+    title: str
+    target: str  # a registered back end: onnxruntime-cpu, tensorrt, ...
+    here: Literal["this-machine", "elsewhere"] = "elsewhere"  # is the device this very machine?
+    compute: Compute
+    memory: Memory = Memory()
+    runtime: Runtime = Runtime()
+    constraints: Constraints = Constraints()
+    quantization: QuantizationRules = QuantizationRules()
+    options: dict[str, Any] = {}  # the back end's own settings, checked by the back end
+    sources: tuple[Source, ...] = ()
+
+
+def profile_folders() -> tuple[Path, ...]:
+    """Where named profiles lie: beside an installed package, or in a checkout."""
+    package = Path(__file__).parent
+    return tuple(folder for folder in (package / "_profiles", package.parent / "profiles") if folder.is_dir())
+
+
+def profile_names() -> tuple[str, ...]:
+    """Names of the built-in profiles."""
+    return tuple(sorted({path.stem for folder in profile_folders() for path in folder.glob("*.toml")}))
+
+
+def load_profile(name: str) -> HardwareProfile:
+    """A built-in profile by name, or any profile by the path of its TOML file.
+
+    ``this-machine`` is completed by what :func:`compressor.machine.detect` finds.
+    """
+    path = Path(name)
+    if path.suffix != ".toml":
+        found = [folder / f"{name}.toml" for folder in profile_folders() if (folder / f"{name}.toml").is_file()]
+        if not found:
+            raise ConfigError.single(
+                f"profile `{name}`",
+                "name",
+                "unknown profile" + suggestion(name, profile_names()),
+                hint="`compress-for-device profiles list` shows all; a path to your own .toml works too.",
+            )
+        path = found[0]
+    data = read_toml(path)
+    if data.get("here") == "this-machine":
+        from compressor.machine import complete
+
+        data = complete(data)
+    return validate(HardwareProfile, data, f"`{path}`")

@@ -1,0 +1,194 @@
+"""The recipe: what to compress, with which data, by which stages, and what loss is acceptable.
+
+Data only: no Python path, import or expression ever stands in a recipe. ``docs/recipe.md`` is generated from these models.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from compressor.config import Frozen, read_toml, validate
+from compressor.types import Task
+
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class TeacherConfig(Frozen):
+    """Where the trained model is.
+
+    ``model`` is a Hugging Face checkpoint folder, a hub id, or an ``.onnx`` file. It is left out when the model is a
+    Python factory, given on the command line as ``--model pkg.mod:factory``.
+    """
+
+    model: str | None = None
+    revision: str | None = None  # hub ids only; pinned in the manifest
+    task: Task | None = None  # found from the checkpoint when left out
+    licence: str | None = None  # found from the model card when left out
+    trust_remote_code: Literal[False] = False  # refused in files; `--trust-remote-code` allows it for one run
+    signals: dict[str, str] = {}  # "hidden[0]" = "stage1": module paths of named signals, for factories
+
+
+class ImagePreprocess(Frozen):
+    """uint8 pixels to float32: ``(pixel * scale - mean) / std``, per channel, after resizing."""
+
+    size: tuple[int, int] | None = None  # height, width; left out keeps the picture's own size
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    scale: float = 1 / 255
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    channels: Literal[1, 3] | None = None
+
+
+class DataConfig(Frozen):
+    """Labelled data and how it is cut. Sizes are counts (>= 1) or fractions (< 1) of the train part."""
+
+    source: str | None = None  # folder (IDX, image folders), file (csv, json, parquet, npz) or hub id
+    test: str | None = None  # a second source, or the name of a split of the first
+    subset: str | None = None  # configuration name of a hub data set
+    text: str | None = None  # column names
+    text_pair: str | None = None
+    image: str | None = None
+    label: str | None = None
+    labels: tuple[str, ...] | None = None  # class names in order of the teacher's outputs
+    validation: Positive = 0.1
+    calibration: Positive = 0.02
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2  # used when there is no test source
+    transfer: str | None = None  # unlabelled extra data that only the distillation sees
+    max_length: Annotated[int, Field(ge=8)] = 128  # tokens
+    limit: Annotated[int, Field(ge=1)] | None = None  # keep the first N train samples (for trials)
+    duplicates: Literal["refuse", "drop"] = "refuse"  # train samples that also stand in test
+    preprocess: ImagePreprocess | None = None  # images of factories and ONNX files; checkpoints bring their own
+
+
+class AcceptConfig(Frozen):
+    """The promise. A profile that misses it makes the command end with exit code 3."""
+
+    max_drop: float | None = 0.01  # of the task metric, absolute (0.01 = one point), against the teacher
+    max_latency_ms: Positive | None = None  # p50 at batch 1
+    max_size_mib: Positive | None = None
+    min_speedup: Positive | None = None  # p50 of the teacher's fp32 export / p50 of what ships
+
+    @field_validator("max_drop", mode="before")
+    @classmethod
+    def _percent(cls, value: Any) -> Any:
+        return parse_drop(value)
+
+
+def parse_drop(value: Any) -> Any:
+    """``"1%"`` and ``0.01`` both mean one point of accuracy."""
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            raise ValueError(f"`{value}` is neither a number nor a percentage such as `1%`") from None
+        value = number
+    if isinstance(value, int | float) and not 0 <= value < 1:
+        raise ValueError("must be at least 0 and less than 1 (`0.01` or `1%` is one point of accuracy)")
+    return value
+
+
+class Match(Frozen):
+    """Which student signal learns from which teacher signal. ``g`` is the layer map."""
+
+    student: str = "hidden[i]"
+    teacher: str = "hidden[g(i)]"
+    map: Literal["uniform", "last", "skip"] = "uniform"
+    proj: Literal["none", "linear"] = "linear"
+
+
+class ObjectiveConfig(Frozen):
+    """One loss term: ``use`` names a registered objective, ``options`` are its own parameters."""
+
+    use: str
+    weight: Positive = 1.0
+    match: Match | None = None
+    options: dict[str, float | int | str | bool] = {}
+
+
+class StudentStage(Frozen):
+    """Make the student from the teacher: keep some layers, or build it narrower (factories with a width argument)."""
+
+    kind: Literal["student"]
+    keep_layers: tuple[int, ...] | int | None = None  # indices, or how many (spread evenly)
+    hidden_size: Annotated[int, Field(ge=8)] | None = None  # transformers: narrower, weights sliced by importance
+    width: Annotated[float, Field(gt=0, le=1)] | None = None  # CNN factories: all widths times this, new weights
+
+
+class PruneStage(Frozen):
+    """Cut channels, heads, neurons or layers away for good. Ratios are fractions removed."""
+
+    kind: Literal["prune"]
+    ratio: Ratio | None = None  # of every kind of unit that is not named below
+    channels: Ratio | None = None
+    heads: Ratio | None = None
+    neurons: Ratio | None = None
+    layers: Annotated[int, Field(ge=0)] = 0  # how many blocks to drop, least important first
+    importance: Literal["magnitude", "activation", "random"] = "activation"
+    scope: Literal["uniform", "global"] = "uniform"
+    round_to: Annotated[int, Field(ge=1)] | None = None  # channel multiple; the profile's when left out
+    protect: tuple[str, ...] = ()  # module name patterns (fnmatch) that are never cut
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> PruneStage:
+        if not any([self.ratio, self.channels, self.heads, self.neurons, self.layers]):
+            raise ValueError("nothing to prune: give `ratio`, `channels`, `heads`, `neurons` or `layers`")
+        return self
+
+
+class DistilStage(Frozen):
+    """Train the student on labels and on the teacher."""
+
+    kind: Literal["distil"]
+    epochs: Annotated[int, Field(ge=1)] = 3
+    batch: Annotated[int, Field(ge=1)] = 64
+    learning_rate: Positive = 1e-3
+    optimiser: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    warmup: Ratio = 0.1
+    schedule: Literal["cosine", "linear", "constant", "one-cycle"] = "cosine"
+    clip: Positive | None = 1.0
+    labels: Annotated[float, Field(ge=0)] = 0.5  # weight of cross-entropy with the labels
+    objective: tuple[ObjectiveConfig, ...] = (ObjectiveConfig(use="kd", weight=0.5, options={"temperature": 2.0}),)
+    augment: tuple[Literal["flip", "shift", "erase", "token-drop"], ...] = ()
+    views: Annotated[int, Field(ge=1)] = 1  # fixed augmented views a sample; the teacher is cached per view
+    cache: Literal["auto", "on", "off"] = "auto"
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    patience: Annotated[int, Field(ge=1)] | None = None  # epochs without a better validation score
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    freeze: tuple[str, ...] = ()  # parameter name patterns
+
+
+class QuantizeStage(Frozen):
+    """Post-training quantization: every variant that fits the target becomes a candidate of the never-worse gate."""
+
+    kind: Literal["quantize"]
+    engines: tuple[Literal["onnxruntime", "nncf"], ...] = ("onnxruntime", "nncf")
+    schemes: tuple[Literal["static-per-channel", "static-per-tensor", "dynamic"], ...] | Literal["auto"] = "auto"
+    calibration: Literal["minmax", "percentile", "entropy"] = "minmax"
+    samples: Annotated[int, Field(ge=1)] = 256
+
+
+Stage = Annotated[StudentStage | PruneStage | DistilStage | QuantizeStage, Field(discriminator="kind")]
+
+
+class Recipe(Frozen):
+    """A whole run as data."""
+
+    name: str = "run"
+    seed: Annotated[int, Field(ge=0)] = 0
+    teacher: TeacherConfig = TeacherConfig()
+    data: DataConfig = DataConfig()
+    accept: AcceptConfig = AcceptConfig()
+    profiles: tuple[str, ...] = ("this-machine",)
+    null_twin: bool = True  # the same student trained with labels only; the report shows both
+    stage: tuple[Stage, ...] = ()
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and validate a recipe; relative paths in it are relative to its folder."""
+    return validate(Recipe, read_toml(path), f"`{path}`")

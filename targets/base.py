@@ -1,0 +1,95 @@
+"""The interface of a target back end. ``backends/numpy_reference.py`` is the smallest one: template and documentation."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from compressor.profile import HardwareProfile
+from compressor.types import Array, Artifact, Format, Measurement, Origin
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The tool chain works here. ``runs`` is the origin of figures taken here; None: it compiles but cannot run."""
+
+    device: str
+    versions: Mapping[str, str]
+    runs: Origin | None
+    why_not: str = ""  # when ``runs`` is None: the reason, for the report
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Not even compiling works here."""
+
+    reason: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class NodeFact:
+    """One node of the graph that the runtime really runs."""
+
+    name: str
+    operator: str
+    quantized: bool
+    reason: str = ""  # why a Conv, Gemm or MatMul stayed float
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Kernel coverage: of the Conv/Gemm/MatMul in the graph the runtime really runs, how many run quantized."""
+
+    quantized: int
+    total: int
+    left_float: tuple[NodeFact, ...] = ()
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiler made of an artifact. ``placed`` operations run on the device, ``fallback`` ones on the host."""
+
+    path: Path
+    artifact: Artifact
+    placed: int
+    fallback: tuple[str, ...] = ()
+    estimates: tuple[Measurement, ...] = ()
+    coverage: Coverage | None = None
+    compile_seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+    extra_files: tuple[Path, ...] = field(default=())  # go into the package beside ``path``
+
+
+class Session(Protocol):
+    """A loaded model. ``run`` returns every output by name; it must not keep references to its inputs."""
+
+    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]: ...
+
+
+class TargetBackend(abc.ABC):
+    """One runtime or compiler. SDK imports stand inside the methods; nothing here measures time (``measure.py`` does)."""
+
+    name: ClassVar[str]
+    accepts: ClassVar[frozenset[Format]]
+    summary: ClassVar[str]  # one line for `compress-for-device targets`
+
+    @abc.abstractmethod
+    def probe(self) -> Ready | Missing:
+        """Say what works on this machine. Cheap; never raises."""
+
+    def check(self, artifact: Artifact, profile: HardwareProfile) -> tuple[str, ...]:
+        """What the compiler would refuse in this artifact, in words that name the node. Empty: nothing known."""
+        return ()
+
+    @abc.abstractmethod
+    def compile(self, artifact: Artifact, profile: HardwareProfile, out: Path) -> Compiled:
+        """Make the device's file in folder ``out``. Raises :class:`compressor.errors.CompileError`."""
+
+    @abc.abstractmethod
+    def open(self, compiled: Compiled, profile: HardwareProfile) -> AbstractContextManager[Session]:
+        """Load the compiled model. Raises :class:`compressor.errors.RunError` (also where ``probe().runs`` is None)."""
