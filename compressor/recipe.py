@@ -190,5 +190,5 @@ class Recipe(Frozen):
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read and validate a recipe; relative paths in it are relative to its folder."""
+    """Read and validate a recipe; relative paths in it are relative to the current folder, as on the command line."""
     return validate(Recipe, read_toml(path), f"`{path}`")

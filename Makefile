@@ -1,0 +1,43 @@
+# make demo    a real model becomes a small one, in minutes          make bench   the claims, measured; writes docs/evidence
+# make test    the whole test suite                                  make check   format, lint, types, imports, tests
+# make fix     format and mend what can be mended                    make docs    the generated reference pages
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS := train,tensorrt-rtx,dev
+
+.PHONY: demo test check fix docs bench lint clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/compress-for-device run recipes/digits.toml --model examples.digits.model:teacher --data examples.digits:load
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not outcome"
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test
+
+fix: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(STAMP)
+	$(BIN)/python -m tools.generate_docs
+
+bench: $(STAMP)
+	$(BIN)/python -m tools.bench
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -1,0 +1,156 @@
+"""The commands and their options. Heavy imports stand inside the commands: ``--help`` must not load torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="compress-for-device",
+    help="Make a trained network small, fast and still accurate on the device it must run on.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+profiles_app = typer.Typer(help="Hardware profiles: list them, show one.", no_args_is_help=True)
+methods_app = typer.Typer(help="Distillation objectives: list them, show one.", no_args_is_help=True)
+app.add_typer(profiles_app, name="profiles")
+app.add_typer(methods_app, name="methods")
+
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder for the store, the runs and the packages.")]
+Model = Annotated[
+    str | None, typer.Option("--model", help="Checkpoint folder, hub id, model.onnx, or pkg.mod:factory (your own code).")
+]
+Data = Annotated[str | None, typer.Option("--data", help="Folder, csv/json/parquet/npz file, hub id, or pkg.mod:loader.")]
+Profiles = Annotated[list[str] | None, typer.Option("--profile", help="Device profile; may be given several times.")]
+MaxDrop = Annotated[str | None, typer.Option("--max-drop", help="Accepted loss of accuracy against the teacher, e.g. 1%.")]
+Task = Annotated[str | None, typer.Option("--task", help="image-classification, text-classification, sentence-embedding.")]
+RecipeFile = Annotated[Path | None, typer.Argument(help="Recipe file (TOML). Left out: --model, --data, --profile.")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that a hub model brings.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeFile = None,
+    model: Model = None,
+    data: Data = None,
+    profile: Profiles = None,
+    max_drop: MaxDrop = None,
+    task: Task = None,
+    out: Out = Path("build"),
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure again even if nothing changed.")] = False,
+    trust_remote_code: RemoteCode = False,
+    json: Json = False,
+) -> None:
+    """Compress a model for devices: distil, prune, quantize, export, compile, measure, report, package."""
+    from compressor.cli.run import run_command
+    from compressor.cli.session import Request
+
+    request = Request(recipe, model, data, tuple(profile or ()), max_drop, task, out, trust_remote_code)
+    raise typer.Exit(run_command(request, remeasure=remeasure, as_json=json))
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile = None,
+    model: Model = None,
+    data: Data = None,
+    profile: Profiles = None,
+    max_drop: MaxDrop = None,
+    task: Task = None,
+    out: Out = Path("build"),
+    trust_remote_code: RemoteCode = False,
+    json: Json = False,
+) -> None:
+    """Say what `run` would do for each profile, and every problem, without computing anything."""
+    from compressor.cli.plan import plan_command
+    from compressor.cli.session import Request
+
+    request = Request(recipe, model, data, tuple(profile or ()), max_drop, task, out, trust_remote_code)
+    raise typer.Exit(plan_command(request, as_json=json))
+
+
+@app.command()
+def profile(
+    model: Annotated[Path, typer.Argument(help="model.onnx")],
+    profile: Profiles = None,
+    json: Json = False,
+) -> None:
+    """Measure the latency and memory of an ONNX file on a profile. No data needed, nothing is changed."""
+    from compressor.cli.latency import profile_command
+
+    raise typer.Exit(profile_command(model, tuple(profile or ("this-machine",)), as_json=json))
+
+
+@app.command()
+def targets(json: Json = False) -> None:
+    """List the back ends and what each can do on this machine."""
+    from compressor.cli.listing import targets_command
+
+    raise typer.Exit(targets_command(as_json=json))
+
+
+@profiles_app.command("list")
+def profiles_list(json: Json = False) -> None:
+    """List the built-in device profiles."""
+    from compressor.cli.listing import profiles_list_command
+
+    raise typer.Exit(profiles_list_command(as_json=json))
+
+
+@profiles_app.command("show")
+def profiles_show(name: Annotated[str, typer.Argument(help="Profile name or TOML file.")], json: Json = False) -> None:
+    """Show one profile with the source of each figure."""
+    from compressor.cli.listing import profiles_show_command
+
+    raise typer.Exit(profiles_show_command(name, as_json=json))
+
+
+@methods_app.command("list")
+def methods_list(json: Json = False) -> None:
+    """List the registered distillation objectives."""
+    from compressor.cli.listing import methods_list_command
+
+    raise typer.Exit(methods_list_command(as_json=json))
+
+
+@methods_app.command("show")
+def methods_show(name: Annotated[str, typer.Argument(help="Objective, e.g. kd.")], json: Json = False) -> None:
+    """Show one objective: formula, signals it needs, options, paper."""
+    from compressor.cli.listing import methods_show_command
+
+    raise typer.Exit(methods_show_command(name, as_json=json))
+
+
+@app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder (build/runs/<digest>).")], json: Json = False
+) -> None:
+    """Print a run's table and write its report files again from report.json."""
+    from compressor.cli.report import report_command
+
+    raise typer.Exit(report_command(run_folder, as_json=json))
+
+
+@app.command()
+def package(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder (build/runs/<digest>).")],
+    profile: Profiles = None,
+    json: Json = False,
+) -> None:
+    """Write the packages of a run again (all profiles, or those given)."""
+    from compressor.cli.report import package_command
+
+    raise typer.Exit(package_command(run_folder, tuple(profile or ()), as_json=json))
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Say what is installed, what each target could do here, and what to install."""
+    from compressor.cli.doctor import doctor_command
+
+    raise typer.Exit(doctor_command(as_json=json))

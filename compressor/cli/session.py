@@ -1,0 +1,256 @@
+"""From the command line's words to a checked plan: recipe, profiles, model, data and targets joined."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compressor.config import validate
+from compressor.data.types import DataBundle
+from compressor.errors import ConfigError, PlanError, Problem, ProblemList
+from compressor.models.types import LoadedModel
+from compressor.plan import Plan, TargetView, channel_multiple, profile_plan, recipe_problems, steps_of
+from compressor.profile import HardwareProfile, load_profile
+from compressor.recipe import DistilStage, PruneStage, Recipe, load_recipe
+
+IMPORT_STRING = re.compile(r"[A-Za-z_][\w]*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for on the command line."""
+
+    recipe: Path | None
+    model: str | None
+    data: str | None
+    profiles: tuple[str, ...]
+    max_drop: str | None
+    task: str | None
+    out: Path
+    trust_remote_code: bool = False
+
+    @property
+    def factory(self) -> str | None:
+        return self.model if self.model and IMPORT_STRING.fullmatch(self.model) else None
+
+    @property
+    def loader(self) -> str | None:
+        return self.data if self.data and IMPORT_STRING.fullmatch(self.data) else None
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything a run needs, checked."""
+
+    request: Request
+    recipe: Recipe
+    profiles: tuple[HardwareProfile, ...]
+    model: LoadedModel
+    data: DataBundle
+    plan: Plan
+
+
+def recipe_of(request: Request) -> Recipe:
+    """The recipe file, or the default stages of the one-line form, with the command line's words on top."""
+    if request.recipe is not None:
+        recipe = load_recipe(request.recipe)
+    elif request.model is None:
+        raise ConfigError.single(
+            "the command line", "RECIPE", "give a recipe file, or --model with --data",
+            hint="compress-for-device run --model DIR --data PATH --profile this-machine --max-drop 1%",
+        )  # fmt: skip
+    else:
+        recipe = Recipe(name=_name_of(request.model))
+    return _overridden(recipe, request)
+
+
+def _name_of(model: str) -> str:
+    stem = Path(model.split(":")[0]).stem if model.endswith(".onnx") else Path(model.split(":")[0]).name
+    return re.sub(r"[^A-Za-z0-9-]+", "-", stem).strip("-").lower() or "run"
+
+
+def _overridden(recipe: Recipe, request: Request) -> Recipe:
+    data: dict[str, Any] = recipe.model_dump(mode="json", exclude_unset=True)
+    if recipe.name != "run":
+        data["name"] = recipe.name
+    if request.model and not request.factory:
+        data.setdefault("teacher", {})["model"] = request.model
+    if request.task:
+        data.setdefault("teacher", {})["task"] = request.task
+    if request.data and not request.loader:
+        data.setdefault("data", {})["source"] = request.data
+    if request.max_drop is not None:
+        data.setdefault("accept", {})["max_drop"] = request.max_drop
+    if request.profiles:
+        data["profiles"] = list(request.profiles)
+    return validate(Recipe, data, "the command line")
+
+
+def default_stages(recipe: Recipe, model: LoadedModel) -> Recipe:
+    """Stages for the one-line form, by the kind of model; a recipe that has stages stays as it is."""
+    if recipe.stage:
+        return recipe
+    quantize: dict[str, Any] = {"kind": "quantize"}
+    if model.kind == "onnx":
+        stages = [quantize]
+    elif model.task in {"text-classification", "sentence-embedding"}:
+        kd = {"use": "kd", "weight": 1.0, "options": {"temperature": 2.0}}
+        hidden = {"use": "hidden", "weight": 1.0, "match": {"map": "last"}}
+        objectives = [kd, hidden] if model.task == "text-classification" else [{**hidden, "weight": 10.0}]
+        stages = [
+            {"kind": "prune", "heads": 0.5, "neurons": 0.5, "layers": 2},
+            {"kind": "distil", "epochs": 3, "batch": 32, "learning_rate": 1e-4, "objective": objectives},
+            quantize,
+        ]
+    else:
+        stages = [
+            {"kind": "prune", "ratio": 0.5},
+            {"kind": "distil", "epochs": 5, "objective": [{"use": "kd", "options": {"temperature": 2.0}}]},
+            quantize,
+        ]
+    return validate(Recipe, {**recipe.model_dump(mode="json", exclude_unset=True), "name": recipe.name, "stage": stages}, "the default recipe")
+
+
+def open_session(request: Request) -> Session:
+    """Load, check and join everything; raises one error with every problem found."""
+    from compressor.data import load_data
+    from compressor.models import load_model
+
+    recipe = recipe_of(request)
+    profiles = _load_profiles(recipe)
+    model = load_model(
+        recipe.teacher, factory=request.factory, data=recipe.data, allow_remote_code=request.trust_remote_code
+    )
+    recipe = default_stages(recipe, model)
+    if recipe.data.source is None and request.loader is None:
+        raise PlanError.single("data.source", "is required", hint="Give `[data] source` in the recipe, or --data.")
+    problems = recipe_problems(recipe, model.kind, _objective_names())
+    data: DataBundle | None = None
+    try:
+        data = load_data(recipe.data, model, loader=request.loader, seed=recipe.seed)
+    except ProblemList as error:
+        problems += error.problems
+    if data is not None and model.module is not None and not problems:
+        problems += _module_problems(recipe, model, data)
+    if problems or data is None:
+        raise PlanError("the plan", problems)
+    views = target_views()
+    return Session(request, recipe, profiles, model, data, _plan(recipe, profiles, model, data, views))
+
+
+def _load_profiles(recipe: Recipe) -> tuple[HardwareProfile, ...]:
+    """All profiles of a recipe; their problems are listed together. Targets must be registered."""
+    from targets.registry import names
+
+    profiles: list[HardwareProfile] = []
+    problems: list[Problem] = []
+    for name in recipe.profiles:
+        try:
+            profile = load_profile(name)
+        except ConfigError as error:
+            problems += [Problem(f"profiles.{name}", problem.what) for problem in error.problems]
+            continue
+        if profile.target not in names():
+            from compressor.config import suggestion
+
+            what = f"unknown target `{profile.target}`{suggestion(profile.target, names())}"
+            problems.append(Problem(f"profiles.{name}.target", what))
+        profiles.append(profile)
+    if problems:
+        raise ConfigError("the list of profiles", problems, hint="`compress-for-device profiles list` shows all.")
+    return tuple(profiles)
+
+
+def _objective_names() -> Sequence[str]:
+    from compressor.distil.registry import names
+
+    return tuple(names())
+
+
+def _module_problems(recipe: Recipe, model: LoadedModel, data: DataBundle) -> list[Problem]:
+    """Problems that only a look at the module shows: what cannot be cut, matches that name no signal."""
+    import numpy as np
+    import torch
+
+    from compressor import distil, prune
+
+    example = {name: torch.from_numpy(array) for name, array in data.splits["calibration"].batch(np.arange(2)).items()}
+    problems: list[Problem] = []
+    assert model.module is not None
+    for position, stage in enumerate(recipe.stage):
+        found: Sequence[Problem] = ()
+        if isinstance(stage, PruneStage):
+            found = prune.check(model.module, example, stage)
+        elif isinstance(stage, DistilStage):
+            found = distil.check(stage, model.module, recipe.teacher.signals)
+        problems += [Problem(f"stage.{position}.{stage.kind}.{item.where}".rstrip("."), item.what) for item in found]
+    return problems
+
+
+def target_views() -> Mapping[str, TargetView]:
+    """What each back end can do here, as the planner sees it."""
+    from targets.base import Ready
+    from targets.registry import probe_all
+
+    views: dict[str, TargetView] = {}
+    for name, found in probe_all().items():
+        if isinstance(found, Ready):
+            views[name] = TargetView(name, True, found.runs.value if found.runs else None, found.why_not)
+        else:
+            views[name] = TargetView(name, False, None, found.reason, found.hint)
+    return views
+
+
+def _plan(
+    recipe: Recipe,
+    profiles: tuple[HardwareProfile, ...],
+    model: LoadedModel,
+    data: DataBundle,
+    views: Mapping[str, TargetView],
+) -> Plan:
+    per_profile = []
+    for profile in profiles:
+        names, rejected = _variant_names(recipe, profile, model)
+        per_profile.append(profile_plan(profile, views[profile.target], names, rejected))
+    facts = {
+        "source": model.provenance.source,
+        "kind": model.kind,
+        "task": model.task,
+        "digest": model.provenance.digest,
+        "licence": model.provenance.licence or "unknown",
+        "classes": str(len(model.labels)) if model.labels else "-",
+    }
+    sizes = {name: len(split) for name, split in data.splits.items()}
+    warnings = _warnings(recipe, model, data)
+    return Plan(
+        recipe, profiles, steps_of(recipe, model.kind), tuple(per_profile), facts, sizes, channel_multiple(profiles), warnings
+    )
+
+
+def _variant_names(recipe: Recipe, profile: HardwareProfile, model: LoadedModel) -> tuple[tuple[str, ...], Mapping[str, str]]:
+    """Quantized candidates by name. For a torch teacher the exact list needs the exported graph, so it is asked of it later."""
+    from compressor.recipe import QuantizeStage
+
+    stage = next((item for item in recipe.stage if isinstance(item, QuantizeStage)), None)
+    if stage is None or model.onnx is None:
+        return ("int8 variants that fit the target",) if stage is not None and profile.quantization.int8 else (), {}
+    from compressor.export.facts import describe
+    from compressor.quantize import variants
+
+    wanted, rejected = variants(stage, profile.quantization, describe(model.onnx))
+    return tuple(item.name for item in wanted), rejected
+
+
+def _warnings(recipe: Recipe, model: LoadedModel, data: DataBundle) -> tuple[str, ...]:
+    found = list(model.provenance.notes) + list(data.notes)
+    if model.provenance.licence is None:
+        found.append("the teacher's licence is unknown; packages will say so (set `teacher.licence`)")
+    if data.duplicates_dropped:
+        found.append(f"{data.duplicates_dropped} train samples that also stand in test were dropped")
+    if recipe.null_twin and not any(isinstance(stage, DistilStage) for stage in recipe.stage):
+        found.append("no null twin: nothing is trained in this recipe")
+    return tuple(found)
+

@@ -1,0 +1,123 @@
+"""The plan: what will happen per profile, and every problem at once, before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from compressor.config import suggestion
+from compressor.errors import Problem
+from compressor.profile import HardwareProfile
+from compressor.recipe import DistilStage, PruneStage, QuantizeStage, Recipe, StudentStage
+
+
+@dataclass(frozen=True)
+class TargetView:
+    """What the planner knows of a back end: enough to say what will be possible here."""
+
+    name: str
+    ready: bool
+    runs: str | None  # origin of figures taken here; None: compiles only
+    reason: str = ""  # why it is missing, or why it cannot run
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class ProfilePlan:
+    """What will be done for one profile, in words."""
+
+    profile: str
+    target: str
+    accuracy: str  # "measured", "proxy", "unavailable: reason"
+    latency: str
+    variants: tuple[str, ...]
+    rejected: Mapping[str, str]
+    missing: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run as it will happen."""
+
+    recipe: Recipe
+    profiles: tuple[HardwareProfile, ...]
+    steps: tuple[str, ...]
+    per_profile: tuple[ProfilePlan, ...]
+    model: Mapping[str, str]
+    data: Mapping[str, int]
+    channel_multiple: int
+    warnings: tuple[str, ...] = field(default=())
+
+
+def channel_multiple(profiles: Sequence[HardwareProfile]) -> int:
+    """The widest channel multiple any profile wants: one student serves all profiles."""
+    return max((profile.constraints.channel_multiple for profile in profiles), default=1)
+
+
+def recipe_problems(recipe: Recipe, kind: str, objectives: Sequence[str]) -> list[Problem]:
+    """What in the recipe cannot work with this kind of model (``checkpoint``, ``factory``, ``onnx``)."""
+    problems: list[Problem] = []
+    for position, stage in enumerate(recipe.stage):
+        where = f"stage.{position}.{stage.kind}"
+        if kind == "onnx" and not isinstance(stage, QuantizeStage):
+            problems.append(Problem(where, "an ONNX file cannot be trained or cut here; only `quantize` applies to it"))
+        if isinstance(stage, DistilStage):
+            problems += _objective_problems(stage, where, objectives)
+    positions = [type(stage) for stage in recipe.stage]
+    if QuantizeStage in positions and positions.index(QuantizeStage) != len(positions) - 1:
+        problems.append(Problem("stage", "`quantize` must be the last stage: nothing can train or cut a quantized file"))
+    if positions.count(StudentStage) > 1:
+        problems.append(Problem("stage", "more than one `student` stage"))
+    return problems
+
+
+def _objective_problems(stage: DistilStage, where: str, known: Sequence[str]) -> list[Problem]:
+    return [
+        Problem(f"{where}.objective.{number}.use", f"unknown objective `{item.use}`{suggestion(item.use, tuple(known))}")
+        for number, item in enumerate(stage.objective)
+        if item.use not in known
+    ]
+
+
+def steps_of(recipe: Recipe, kind: str) -> tuple[str, ...]:
+    """The stages in words, in the order they run."""
+    lines = ["teacher: load, export to ONNX, optimise, check parity"] if kind != "onnx" else ["teacher: check the ONNX file"]
+    for stage in recipe.stage:
+        match stage:
+            case StudentStage():
+                lines.append(f"student: {_settings(stage)}")
+            case PruneStage():
+                lines.append(f"prune: {_settings(stage)}")
+            case DistilStage():
+                objectives = ", ".join(item.use for item in stage.objective) or "labels only"
+                lines.append(f"distil: {stage.epochs} epochs, labels x{stage.labels:g} + {objectives}")
+                if recipe.null_twin:
+                    lines.append(f"null twin: {stage.epochs} epochs with labels only, same student, steps, data and seeds")
+            case QuantizeStage():
+                lines.append(f"quantize: {', '.join(stage.engines)}, {stage.samples} calibration samples")
+    if kind != "onnx":
+        lines.append("export: ONNX, optimise, check parity")
+    return tuple(lines)
+
+
+def _settings(stage: StudentStage | PruneStage) -> str:
+    given = stage.model_dump(exclude={"kind"}, exclude_defaults=True)
+    return ", ".join(f"{name} {value}" for name, value in given.items()) or "as it is"
+
+
+def profile_plan(
+    profile: HardwareProfile, target: TargetView, variants: Sequence[str], rejected: Mapping[str, str]
+) -> ProfilePlan:
+    """Say where each figure of a profile will come from."""
+    if not target.ready:
+        gone = f"unavailable: {target.reason}"
+        return ProfilePlan(profile.name, profile.target, gone, gone, (), rejected, missing=f"{target.reason}. {target.hint}")
+    here = profile.here == "this-machine"
+    if target.runs is None:
+        accuracy, latency = "proxy (ONNX Runtime on this machine)", f"unavailable: {target.reason}"
+    elif here:
+        accuracy = latency = target.runs
+    else:
+        accuracy = "proxy (same runtime on this machine)"
+        latency = f"unavailable: no {profile.name} is attached"
+    return ProfilePlan(profile.name, profile.target, accuracy, latency, tuple(variants), rejected)
