@@ -1,0 +1,1 @@
+"""What a student can learn from its teacher: pure tensor functions with declared needs, found by entry point."""

@@ -1,0 +1,138 @@
+"""The interface of an objective. No torch at import time: the registry and the planner read it without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+from compressor.config import Frozen
+from compressor.recipe import Match
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor, nn
+
+Signals = Mapping[str, "Tensor"]  # "logits", "hidden[2]", "qkv[0]" ... of one model for one batch
+Counts = Mapping[str, int]  # what a model offers: ``compressor.models.signals.available``
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective reads. The loop provides exactly this, so an undeclared signal is a ``KeyError`` in the tests.
+
+    ``online_teacher``: the teacher must see inputs the student made, so nothing can be cached. ``batch_wise``: the value
+    depends on the other samples of the batch, so the batch must not be cut into micro-batches.
+    """
+
+    student: frozenset[str] = frozenset()
+    teacher: frozenset[str] = frozenset()
+    batch: frozenset[str] = frozenset()  # "labels", "mask"
+    online_teacher: bool = False
+    batch_wise: bool = False
+    rollouts: bool = False
+    same_vocab: bool = True
+
+
+@dataclass(frozen=True)
+class Term:
+    """An unreduced loss: the loop divides ``sum`` by ``count`` in one place, so that reductions never differ.
+
+    ``sum`` is a scalar tensor with gradient; ``count`` what it was summed over (samples, valid tokens, pairs): a number or
+    a scalar tensor without gradient.
+    """
+
+    sum: Tensor
+    count: Tensor | float
+    logs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the training is: ``index`` of ``total`` steps, in ``epoch`` (all from 0)."""
+
+    index: int
+    total: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What belongs to the samples rather than to a model.
+
+    ``labels``: int64 (B,), -100 where a sample has none. ``mask``: (B, T), non-zero at real tokens; None for pictures.
+    """
+
+    labels: Tensor | None
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Context:
+    """Given to :meth:`Objective.prepare` once: one small batch of signals of both models, and the projectors' seed."""
+
+    student: Signals
+    teacher: Signals
+    generator: Generator
+    device: Any
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """One loss term. Built from its options and match, bound to two models, prepared with real shapes, then called."""
+
+    Options: ClassVar[type[Frozen]]
+    default_match: ClassVar[Match | None]  # None: the objective knows its own signals and takes no ``match``
+    needs: Needs
+
+    def bind(self, student: Counts, teacher: Counts) -> list[str]:
+        """Resolve the match against what the models offer, set ``needs``; returns what is impossible."""
+        ...
+
+    def prepare(self, ctx: Context) -> None:
+        """Build projectors, class means and the like; once, before the first step."""
+        ...
+
+    def modules(self) -> nn.Module | None:
+        """Trained parts (projectors, critics) that are dropped at export."""
+        ...
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Their parameters."""
+        ...
+
+    def __call__(self, s: Signals, t: Signals, batch: Batch, step: Step) -> Term: ...
+
+
+class NoOptions(Frozen):
+    """The objective has no options."""
+
+
+class SignalObjective:
+    """Common part of the objectives here: holds options and match, has no trained parts unless a subclass makes some."""
+
+    Options: ClassVar[type[Frozen]] = NoOptions
+    default_match: ClassVar[Match | None] = None
+
+    def __init__(self, options: Any = None, match: Match | None = None) -> None:
+        self.options: Any = options if options is not None else self.Options()
+        self.match = match if match is not None else self.default_match
+        self.needs = Needs()
+
+    def bind(self, student: Counts, teacher: Counts) -> list[str]:
+        raise NotImplementedError
+
+    def prepare(self, ctx: Context) -> None:
+        """Nothing to prepare."""
+
+    def modules(self) -> nn.Module | None:
+        return None
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        modules = self.modules()
+        return () if modules is None else modules.parameters()
+
+    def __call__(self, s: Signals, t: Signals, batch: Batch, step: Step) -> Term:
+        raise NotImplementedError
+
+
+Factory = Callable[..., Objective]
