@@ -92,7 +92,7 @@ class RunError(TargetError):
 
 
 @contextmanager
-def sdk_errors(kind: type[TargetError], doing: str, *, hint: str = "") -> Iterator[None]:
+def sdk_errors(kind: type[TargetError] | type[StageError], doing: str, *, hint: str = "") -> Iterator[None]:
     """Turn whatever a vendor SDK throws into ``kind``. The only broad ``except`` of the project.
 
     >>> with sdk_errors(CompileError, "parse the graph"):
