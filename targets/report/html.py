@@ -1,0 +1,200 @@
+"""``report.html``: one self-contained page, no scripts, no network. This module prepares, ``template.html`` shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from compressor.types import Figure, Measurement, Unavailable
+from targets.outcome import ProfileOutcome, Row, RunSummary, State
+from targets.report import figures
+from targets.report.compare import size_ratio, twin_verdicts
+from targets.report.facts import fact_groups
+from targets.report.picture import Picture, draw, kind_of
+from targets.report.table import coverage_text, drop_text
+
+WIDE_PX, NARROW_PX = (920.0, 470.0), (380.0, 440.0)
+
+
+@dataclass
+class Footnotes:
+    """Reasons of one table, each written once and referred to by its number."""
+
+    reasons: list[str] = field(default_factory=list)
+
+    def number(self, missing: Unavailable) -> int:
+        """The number of this reason, a new one when it was not there yet."""
+        reason = (missing.reason or "no reason was recorded").rstrip(".")
+        text = f"{reason}. {missing.hint}".strip()
+        if text not in self.reasons:
+            self.reasons.append(text)
+        return self.reasons.index(text) + 1
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure as shown: text, a second line, and either its origin or the number of the reason why it is absent."""
+
+    text: str
+    sub: str = ""
+    origin: str = ""
+    device: str = ""
+    note: int = 0
+
+
+@dataclass(frozen=True)
+class Card:
+    """The headline of a profile."""
+
+    figures: tuple[tuple[str, Cell], ...]
+    reasons: tuple[str, ...]
+
+
+def to_html(summary: RunSummary) -> str:
+    """The whole page. Every value from outside is escaped by the template engine."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["significant"] = _small
+    return environment.get_template("template.html").render(
+        summary=summary,
+        profiles=[_profile(index, outcome, summary.metric) for index, outcome in enumerate(summary.outcomes)],
+        twins=twin_verdicts(summary),
+        groups=fact_groups(summary),
+        recipe=json.dumps(summary.recipe, indent=2, ensure_ascii=False, default=str),
+    )
+
+
+def _small(value: float) -> str:
+    return f"{value:.1e}" if 0 < abs(value) < 1e-4 else figures.significant(value)
+
+
+def _profile(index: int, outcome: ProfileOutcome, metric: str) -> dict[str, Any]:
+    notes = Footnotes()
+    rows = [_row(row, outcome, metric, notes) for row in outcome.rows]
+    return {
+        "id": f"profile-{index}",
+        "outcome": outcome,
+        "state": "missing" if outcome.missing else "kept" if outcome.kept else "missed",
+        "card": _card(outcome, metric),
+        "pictures": _pictures(outcome, metric),
+        "rows": rows,
+        "reasons": notes.reasons,
+        "promise": _promise(outcome, metric),
+        "floats": [(row.artifact.name, row.coverage.left_float) for row in outcome.rows if row.coverage],
+        "fallbacks": [
+            (row.artifact.name, row.compiled.placed, row.compiled.fallback)
+            for row in outcome.rows
+            if row.compiled is not None and (row.compiled.fallback or row.compiled.placed)
+        ],
+        "estimates": [(row.artifact.name, row.compiled.estimates) for row in outcome.rows if row.compiled],
+        "compile_notes": [(row.artifact.name, row.compiled.notes) for row in outcome.rows if row.compiled],
+    }
+
+
+def _pictures(outcome: ProfileOutcome, metric: str) -> list[tuple[str, Picture]]:
+    """The same picture for a screen and for a telephone: scaled down, its text would not be legible there."""
+    found = [(name, draw(outcome, metric, *size)) for name, size in (("wide", WIDE_PX), ("narrow", NARROW_PX))]
+    return [(name, picture) for name, picture in found if picture is not None]
+
+
+def _cell(figure: Figure, render: Callable[[float], str], notes: Footnotes, sub: str = "") -> Cell:
+    if isinstance(figure, Measurement):
+        return Cell(render(figure.value), sub, figure.origin.value, figure.device)
+    return Cell("unavailable", note=notes.number(figure))
+
+
+def _row(row: Row, outcome: ProfileOutcome, metric: str, notes: Footnotes) -> dict[str, Any]:
+    def as_score(value: float) -> str:
+        return figures.score(value, metric)
+
+    kind = kind_of(row)
+    ratio = figures.value_of(size_ratio(row, outcome)) if kind != "teacher" else None
+    p95 = figures.detail_of(row.latency, "p95")
+    return {
+        "row": row,
+        "kind": kind,
+        "validation": _cell(row.validation, as_score, notes),
+        "test": _cell(row.test, as_score, notes),
+        "drop": _said(drop_text(row, outcome, metric), notes),
+        "latency": _cell(row.latency, figures.milliseconds, notes, f"p95 {figures.milliseconds(p95)}" if p95 else ""),
+        "speedup": _cell(row.speedup, figures.times, notes),
+        "size": _cell(row.file_bytes, figures.mebibytes, notes, f"{figures.times(ratio)} smaller" if ratio else ""),
+        "memory": _cell(row.peak_memory, lambda value: f"{figures.significant(value)} MiB", notes),
+        "coverage": _said(coverage_text(row), notes),
+        "state": {State.EXECUTED: "good", State.PROXY: "fair", State.COMPILED: "fair"}.get(row.state, "bad"),
+        "loyalty": _loyalty(row),
+    }
+
+
+def _said(text: str, notes: Footnotes) -> Cell:
+    """A cell of the plain table: its part in brackets goes to the second line, a reason to the footnotes."""
+    if text.startswith("unavailable: "):
+        return Cell("unavailable", note=notes.number(Unavailable(text.removeprefix("unavailable: "))))
+    number, _, rest = text.partition(" (")
+    return Cell(number, rest.rstrip(")"))
+
+
+def _loyalty(row: Row) -> str:
+    """Agreement with the teacher and with the fp32 file, where they were measured."""
+    parts = []
+    if row.loyalty is not None:
+        parts.append(f"label loyalty {100 * row.loyalty.label:.2f} %")
+        parts.append(f"probability loyalty {100 * row.loyalty.probability:.2f} %")
+    if row.agreement is not None:
+        parts.append(f"agreement with its fp32 file {100 * row.agreement:.2f} %")
+    return ", ".join(parts)
+
+
+def _card(outcome: ProfileOutcome, metric: str) -> Card | None:
+    row = outcome.shipped
+    if row is None:
+        return None
+    notes = Footnotes()
+    tested = isinstance(row.test, Measurement)
+    accuracy = row.test if tested else row.validation
+    split = "test" if tested else "validation"
+    drop = drop_text(row, outcome, metric).split(" (")[0]
+    against = (
+        "" if drop.startswith("unavailable") else f"{drop} to the teacher" if drop != "reference" else "the teacher"
+    )
+    ratio = figures.value_of(size_ratio(row, outcome))
+    p95 = figures.detail_of(row.latency, "p95")
+    cells = (
+        (f"{metric}, {split}", _cell(accuracy, lambda value: figures.score(value, metric), notes, against)),
+        (
+            "p50 latency",
+            _cell(row.latency, figures.milliseconds, notes, f"p95 {figures.milliseconds(p95)}" if p95 else ""),
+        ),
+        (
+            "file size",
+            _cell(row.file_bytes, figures.mebibytes, notes, f"{figures.times(ratio)} smaller" if ratio else ""),
+        ),
+        ("speed-up", _cell(row.speedup, figures.times, notes, "against the teacher's fp32 export")),
+    )
+    return Card(cells, tuple(notes.reasons))
+
+
+def _promise(outcome: ProfileOutcome, metric: str) -> str:
+    """What the user asked for, in words."""
+    promise = outcome.promise
+    unit = " points" if figures.is_percentage(metric) else ""
+    parts = []
+    if promise.max_drop is not None:
+        parts.append(f"at most {figures.points(promise.max_drop, metric).lstrip('+±')}{unit} of {metric} lost")
+    if promise.max_latency_ms is not None:
+        parts.append(f"p50 at most {figures.milliseconds(promise.max_latency_ms)}")
+    if promise.max_size_mib is not None:
+        parts.append(f"file at most {figures.significant(promise.max_size_mib)} MiB")
+    if promise.min_speedup is not None:
+        parts.append(f"at least {figures.times(promise.min_speedup)} the teacher's speed")
+    return "; ".join(parts) or "no limit was asked for"

@@ -1,0 +1,122 @@
+"""``report.md``: the run for a pull request or a terminal pager. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from targets.outcome import ProfileOutcome, RunSummary
+from targets.report import figures
+from targets.report.compare import twin_verdicts
+from targets.report.facts import fact_groups
+from targets.report.table import HEADERS, headline, profile_rows
+
+
+def to_markdown(summary: RunSummary) -> str:
+    """The report as GitHub-flavoured Markdown. Text from outside is escaped, so that no name can form markup."""
+    lines = [
+        f"# {_escape(summary.name)}",
+        "",
+        f"{_escape(summary.task)}, {summary.created}: `{_code(summary.command)}`",
+        "",
+    ]
+    lines += [f"> **Warning:** {_escape(warning)}" for warning in summary.warnings]
+    lines += [""] if summary.warnings else []
+    lines += [f"- {_escape(headline(outcome, summary.metric))}" for outcome in summary.outcomes]
+    for outcome in summary.outcomes:
+        lines += ["", *_profile(outcome, summary)]
+    lines += _twins(summary) + _rejected(summary) + _parity(summary) + _layers(summary) + _data(summary)
+    return "\n".join([*lines, *_provenance(summary), ""])
+
+
+def _profile(outcome: ProfileOutcome, summary: RunSummary) -> list[str]:
+    state = "target missing" if outcome.missing else "promise kept" if outcome.kept else "promise missed"
+    lines = [f"## {_escape(outcome.title)} (`{_code(outcome.profile)}`): {state}", ""]
+    lines += [f"Target `{_code(outcome.target)}`, device: {_escape(outcome.device)}. {_escape(outcome.verdict)}", ""]
+    if outcome.missing:
+        lines += [f"Missing: {_escape(outcome.missing)}", ""]
+    cells = [row[1:] for row in profile_rows(outcome, summary.metric)]
+    lines += _table(HEADERS[1:], cells)
+    for row in outcome.rows:
+        floats = row.coverage.left_float if row.coverage is not None else ()
+        reasons = "; ".join(f"{fact.name} ({fact.operator}): {fact.reason or 'not stated'}" for fact in floats)
+        lines += ["", f"Left float in {_escape(row.artifact.name)}: {_escape(reasons)}."] if reasons else []
+    return lines + [line for note in outcome.notes for line in ("", _escape(note))]
+
+
+def _twins(summary: RunSummary) -> list[str]:
+    found = twin_verdicts(summary)
+    lines = ["", "## What distillation bought", ""]
+    if not found:
+        return [*lines, "No null twin was trained in this run, so that this question stays open."]
+    return lines + [f"- {_escape(verdict.profile)}: {_escape(verdict.sentence)}" for verdict in found]
+
+
+def _rejected(summary: RunSummary) -> list[str]:
+    if not summary.rejected:
+        return []
+    rows = [[name, reason or "not stated"] for name, reason in summary.rejected.items()]
+    return ["", "## Variants that were never built", "", *_table(["variant", "reason"], rows)]
+
+
+def _parity(summary: RunSummary) -> list[str]:
+    if not summary.parity:
+        return []
+    rows = [
+        [
+            row.artifact,
+            row.output,
+            figures.significant(row.worst) if row.worst >= 1e-4 or row.worst == 0 else f"{row.worst:.1e}",
+            f"{row.tolerance:g}",
+            str(row.samples),
+            "passed" if row.passed else "FAILED",
+        ]
+        for row in summary.parity
+    ]
+    headers = ["artifact", "output", "worst difference", "tolerance", "samples", "verdict"]
+    return ["", "## Parity of the export", "", *_table(headers, rows)]
+
+
+def _layers(summary: RunSummary) -> list[str]:
+    groups = fact_groups(summary)
+    if not groups:
+        return []
+    rows = [[group.title, ", ".join(f"{count} {action}" for action, count in group.counts)] for group in groups]
+    return ["", "## Layers", "", *_table(["stage or file", "layers"], rows), "", "Layer by layer: `report.html`."]
+
+
+def _data(summary: RunSummary) -> list[str]:
+    data = summary.data
+    rows = [[split, f"{size:,}", data.digests.get(split, "not recorded")] for split, size in data.sizes.items()]
+    lines = ["", "## Data", "", f"{_escape(data.source)}; {data.duplicates_dropped:,} duplicates dropped.", ""]
+    return lines + _table(["split", "samples", "digest"], rows) + [f"\n{_escape(note)}" for note in data.notes]
+
+
+def _provenance(summary: RunSummary) -> list[str]:
+    lines = ["", "## Provenance", "", f"Run `{summary.digest}`, seed {summary.seed}.", ""]
+    for title, values in (("Teacher", summary.teacher), ("Machine", summary.machine), ("Versions", summary.versions)):
+        lines += [f"- {title}: {_pairs(values)}"]
+    return lines
+
+
+def _pairs(values: Mapping[str, str]) -> str:
+    return (
+        "; ".join(f"{_escape(key)} {_escape(value or 'not stated')}" for key, value in values.items()) or "not recorded"
+    )
+
+
+def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(headers) + " |", "|" + " --- |" * len(headers)]
+    return lines + ["| " + " | ".join(_escape(cell) for cell in row) + " |" for row in rows]
+
+
+def _escape(text: str) -> str:
+    """Neutralise what Markdown or its HTML could act on; keep it on one line."""
+    flat = " ".join(str(text).split())
+    for character in "\\`*_[]|":
+        flat = flat.replace(character, "\\" + character)
+    return flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _code(text: str) -> str:
+    """Text inside backticks: no backtick, no line break."""
+    return " ".join(str(text).replace("`", "'").split())

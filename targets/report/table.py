@@ -1,0 +1,117 @@
+"""The table of a run as plain strings: the terminal and ``report.md`` print the same cells."""
+
+from __future__ import annotations
+
+from compressor.types import Figure, Measurement, Unavailable
+from targets.outcome import ProfileOutcome, Row, RunSummary
+from targets.report import figures
+from targets.report.compare import drop, size_ratio
+
+HEADERS = [
+    "profile",
+    "model",
+    "validation",
+    "test",
+    "to teacher",
+    "p50",
+    "p95",
+    "origin",
+    "speed-up",
+    "size",
+    "size ratio",
+    "peak memory",
+    "kernels int8",
+    "state",
+    "reason",
+]
+
+
+def rows(summary: RunSummary) -> list[list[str]]:
+    """One list of cells per artifact and profile, in the order of :data:`HEADERS`. No cell is empty."""
+    return [cells for outcome in summary.outcomes for cells in profile_rows(outcome, summary.metric)]
+
+
+def profile_rows(outcome: ProfileOutcome, metric: str) -> list[list[str]]:
+    """The rows of one profile; a profile without any row has one that says why."""
+    if not outcome.rows:
+        why = f"unavailable: {outcome.missing or outcome.verdict or 'nothing was built for this profile'}"
+        return [[outcome.profile, "none", *[why] * (len(HEADERS) - 3), outcome.verdict or why]]
+    return [_cells(row, outcome, metric) for row in outcome.rows]
+
+
+def _cells(row: Row, outcome: ProfileOutcome, metric: str) -> list[str]:
+    return [
+        outcome.profile,
+        f"{row.artifact.name} (ships)" if row.shipped else row.artifact.name,
+        figures.say(row.validation, lambda value: figures.score(value, metric)),
+        figures.say(row.test, lambda value: figures.score(value, metric)),
+        drop_text(row, outcome, metric),
+        figures.say(row.latency, figures.milliseconds),
+        p95_text(row),
+        origin_text(row.latency),
+        figures.say(row.speedup, figures.times),
+        figures.say(row.file_bytes, figures.mebibytes),
+        figures.say(size_ratio(row, outcome), figures.times),
+        figures.say(row.peak_memory, lambda value: f"{figures.significant(value)} MiB"),
+        coverage_text(row),
+        row.state.value,
+        row.reason or "not stated",
+    ]
+
+
+def drop_text(row: Row, outcome: ProfileOutcome, metric: str) -> str:
+    """``−0.38 (test)``; the teacher is its own reference."""
+    if row.artifact.role == "teacher" and row.artifact.precision == "fp32":
+        return "reference"
+    found = drop(row, outcome)
+    if found is None:
+        return "unavailable: no split has a figure for both this row and the teacher"
+    split, value = found
+    return f"{figures.points(value, metric)} ({split})"
+
+
+def p95_text(row: Row) -> str:
+    """The 95th percentile of latency."""
+    value = figures.detail_of(row.latency, "p95")
+    if value is not None:
+        return figures.milliseconds(value)
+    if isinstance(row.latency, Unavailable):
+        return figures.unavailable(row.latency)
+    return "unavailable: this origin gives a single figure"
+
+
+def origin_text(figure: Figure) -> str:
+    """``measured on <device>``."""
+    if isinstance(figure, Measurement):
+        return f"{figure.origin.value} on {figure.device}"
+    return figures.unavailable(figure)
+
+
+def coverage_text(row: Row) -> str:
+    """``7 of 8``: of the Conv, Gemm and MatMul that the runtime really runs, how many run quantized."""
+    if row.coverage is not None:
+        return f"{row.coverage.quantized} of {row.coverage.total}"
+    if row.artifact.precision == "fp32":
+        return "none (fp32)"
+    return "unavailable: the runtime's graph was not read"
+
+
+def headline(outcome: ProfileOutcome, metric: str) -> str:
+    """One sentence for people: what ships for this profile and what it is worth."""
+    row = outcome.shipped
+    if row is None:
+        return f"{outcome.title}: nothing ships. {outcome.verdict or outcome.missing}".strip()
+    split, figure = ("test", row.test) if isinstance(row.test, Measurement) else ("validation", row.validation)
+    accuracy = figures.say(figure, lambda value: f"{figures.score(value, metric)} {metric}")
+    if isinstance(figure, Measurement):
+        accuracy += f" ({split}, {figure.origin.value})"
+    else:
+        accuracy = f"{metric} {accuracy}"
+    latency = figures.say(row.latency, figures.milliseconds)
+    faster = figures.say(row.speedup, lambda value: f"{figures.times(value)} the teacher's speed")
+    smaller = figures.say(size_ratio(row, outcome), lambda value: f"{figures.times(value)} smaller")
+    size = figures.say(row.file_bytes, figures.mebibytes)
+    speed = f"p50 {latency} ({faster})" if isinstance(row.latency, Measurement) else f"latency {latency}"
+    return (
+        f"{outcome.title}: {row.artifact.name} ships with {accuracy}, {speed}, {size} ({smaller}). {outcome.verdict}"
+    ).strip()
