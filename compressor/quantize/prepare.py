@@ -1,0 +1,116 @@
+"""A working copy of a model that quantizers can handle, and which of its nodes they must leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, version_converter
+
+from compressor.errors import StageError, sdk_errors
+from compressor.models.onnx_facts import DATA_DEPENDENT
+from compressor.models.onnx_graph import constants, name_nodes, opset_of
+
+PER_CHANNEL_OPSET = 13  # first whose QuantizeLinear has an axis
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+BEFORE_LOGARITHM = "feeds a logarithm in the signal front end, which magnifies small errors"
+COMPUTED = "both operands are computed (attention); int8 gains nothing here"
+END_OF_GRAPH = "activation at the output: int8 would only coarsen the result"
+ACTIVATIONS = ("Softmax", "Sigmoid", "HardSigmoid", "Tanh", "LogSoftmax")
+
+
+def prepare(original: ModelProto) -> ModelProto:
+    """A copy with unique node names, weights as initializers (not Constant nodes or inputs), opset 13 or later and no
+    recorded shapes (stale ones make ONNX Runtime's dynamic quantizer fail on a transposed Gemm)."""
+    model = ModelProto()
+    model.CopyFrom(original)
+    fixed = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in fixed]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    _lift_constants(model)
+    name_nodes(model)
+    opset = opset_of(model)
+    if opset < PER_CHANNEL_OPSET:
+        hint = f"Export the model again at opset {PER_CHANNEL_OPSET} or later."
+        with sdk_errors(StageError, f"raise the model from opset {opset} to {PER_CHANNEL_OPSET}", hint=hint):
+            model = version_converter.convert_version(model, PER_CHANNEL_OPSET)
+        name_nodes(model)
+        _lift_constants(model)
+    model.ir_version = max(model.ir_version, 7)
+    del model.graph.value_info[:]
+    return model
+
+
+def _lift_constants(model: ModelProto) -> None:
+    """Constant nodes at the top level become initializers, where the quantizers look for weights."""
+    kept: list[NodeProto] = []
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
+            tensor = TensorProto()
+            tensor.CopyFrom(node.attribute[0].t)
+            tensor.name = node.output[0]
+            model.graph.initializer.append(tensor)
+        else:
+            kept.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+
+
+def left_alone(model: ModelProto) -> Mapping[str, str]:
+    """Nodes that stay float in every static variant: node name -> reason."""
+    graph = model.graph
+    reasons: dict[str, str] = {}
+    fixed = constants(graph)
+    for node in graph.node:
+        if node.op_type == "MatMul" and not any(name in fixed for name in node.input):
+            reasons[node.name] = COMPUTED
+    outputs = {value.name for value in graph.output}
+    for node in graph.node:
+        if node.op_type in ACTIVATIONS and outputs & set(node.output):
+            reasons[node.name] = END_OF_GRAPH
+    reasons.update(_front_end(graph))
+    reasons.update(_after_data(graph))
+    return reasons
+
+
+def _front_end(graph: onnx.GraphProto) -> dict[str, str]:
+    """Everything that feeds a logarithm which weighted layers come after: spectra inside the graph (STFT, log-mel)."""
+    logarithms = [node for node in graph.node if node.op_type == "Log"]
+    if not logarithms or not any(_weighted_after(graph, node) for node in logarithms):
+        return {}
+    made = {name: node for node in graph.node for name in node.output}
+    found: dict[str, str] = {}
+    pending = [node for node in logarithms if _weighted_after(graph, node)]
+    while pending:
+        node = pending.pop()
+        for name in node.input:
+            source = made.get(name)
+            if source is not None and source.name not in found:
+                found[source.name] = BEFORE_LOGARITHM
+                pending.append(source)
+    return found
+
+
+def _weighted_after(graph: onnx.GraphProto, start: NodeProto) -> bool:
+    reached = set(start.output)
+    for node in graph.node:
+        if reached & set(node.input):
+            if node.op_type in WEIGHTED:
+                return True
+            reached |= set(node.output)
+    return False
+
+
+def _after_data(graph: onnx.GraphProto) -> dict[str, str]:
+    """Nodes downstream of operators whose output shape depends on values: there may be nothing to calibrate on."""
+    reached: dict[str, str] = {}
+    found: dict[str, str] = {}
+    for node in graph.node:
+        source = next((reached[name] for name in node.input if name in reached), "")
+        if node.op_type in DATA_DEPENDENT:
+            source = node.name
+        if source:
+            reached.update(dict.fromkeys(node.output, source))
+            found[node.name] = f"its shape depends on data (after `{source}`)"
+    return found

@@ -1,0 +1,167 @@
+"""Post-training quantization: one artifact in, one int8 artifact out, proved to run."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import ModelProto
+
+from compressor.errors import StageError, sdk_errors
+from compressor.models.onnx_facts import describe_model
+from compressor.models.onnx_graph import graph_inputs, metadata_of, read_model, save_model, set_metadata
+from compressor.profile import QuantizationRules
+from compressor.quantize import nncf_engine, ort
+from compressor.quantize.coverage import layer_facts
+from compressor.quantize.prepare import prepare
+from compressor.quantize.ranges import Calibration, chunks, collect
+from compressor.quantize.variants import Variant
+from compressor.types import Array, Artifact, Inputs, LayerFact, file_digest
+
+
+
+def quantize(
+    source: Artifact,
+    variant: Variant,
+    rules: QuantizationRules,
+    calibration: Calibration,
+    out: Path,
+    *,
+    cache: Path | None = None,
+) -> Artifact:
+    """Write the int8 file ``out`` and describe it; ``source`` is read, never written.
+
+    ``calibration`` gives batches of model inputs, anew at each call. ``cache`` is a folder where activation ranges are kept
+    for the next variant. The result has the source's inputs, outputs and metadata, an account of every layer (``facts``)
+    and its ``scheme``. The last step loads it in stock ONNX Runtime and runs it; anything but finite results of the right
+    shapes raises :class:`StageError`.
+    """
+    if out.resolve() == source.path.resolve():
+        raise StageError("the quantized file would replace its source", hint="Give another output path.")
+    original = read_model(source.path)
+    model = prepare(original)
+    if not any(tensor.data_type == onnx.TensorProto.FLOAT for tensor in model.graph.initializer):
+        raise StageError(f"`{source.name}` has no float32 weights to quantize", hint="Give the fp32 export.")
+    result, skip = _engine(model, variant, rules, calibration, cache)
+    _restore(result, original)
+    save_model(result, out)
+    try:
+        agreement = _prove(source.path, out, calibration)
+    except StageError:
+        out.unlink(missing_ok=True)
+        raise
+    facts = layer_facts(model, result, skip, variant.operators)
+    return _artifact(source, variant, rules, out, facts, agreement)
+
+
+def _engine(
+    model: ModelProto, variant: Variant, rules: QuantizationRules, calibration: Calibration, cache: Path | None
+) -> tuple[ModelProto, Mapping[str, str]]:
+    if variant.kind == "dynamic":
+        return ort.quantize_dynamic(model, variant, rules)
+    skip = ort.static_skips(model, rules, variant)
+    if variant.engine == "nncf":
+        attention = describe_model(model, 0).has_attention
+        return nncf_engine.quantize_nncf(model, variant, rules, calibration, skip, attention), skip
+    ranges = collect(model, calibration, variant.calibration, cache)
+    return ort.quantize_static(model, variant, rules, ranges, skip), skip
+
+
+def _restore(result: ModelProto, original: ModelProto) -> None:
+    """The source's interface and metadata; only the operator sets in use; nothing that names a temporary file."""
+    for part, source in ((result.graph.input, original.graph.input), (result.graph.output, original.graph.output)):
+        known = {value.name: value for value in source}
+        for value in part:
+            if value.name not in known:
+                raise StageError(f"quantization renamed `{value.name}`", hint="Report this file.")
+            value.CopyFrom(known[value.name])
+    del result.graph.value_info[:]
+    used = {node.domain for node in result.graph.node} | {""}
+    kept = [entry for entry in result.opset_import if entry.domain in used]
+    del result.opset_import[:]
+    result.opset_import.extend(sorted(kept, key=lambda entry: entry.domain))
+    read = {name for node in result.graph.node for name in node.input} | {value.name for value in result.graph.output}
+    nested = any(attribute.HasField("g") for node in result.graph.node for attribute in node.attribute)
+    if not nested:
+        weights = sorted((t for t in result.graph.initializer if t.name in read), key=lambda tensor: tensor.name)
+        del result.graph.initializer[:]
+        result.graph.initializer.extend(weights)
+    result.graph.name = original.graph.name
+    result.doc_string = original.doc_string
+    result.producer_name, result.producer_version = original.producer_name, original.producer_version
+    set_metadata(result, metadata_of(original))
+
+
+def _prove(source: Path, out: Path, calibration: Calibration) -> float:
+    """Run both files on one small batch. Returns the cosine between their outputs, flattened together."""
+    inputs = next(chunks(calibration), None)
+    if inputs is None:
+        raise StageError("there is no calibration data to check the result with", hint="Give at least one batch.")
+    before, after = _run(source, inputs), _run(out, inputs)
+    for name, array in after.items():
+        if array.shape != before[name].shape or array.dtype != before[name].dtype:
+            message = f"output `{name}` became {array.dtype}{array.shape}, was {before[name].dtype}{before[name].shape}"
+            raise StageError(message, hint="This variant does not fit the model; keep fp32 or take another.")
+        if np.isfinite(before[name]).all() and not np.isfinite(array).all():
+            raise StageError(f"output `{name}` is not finite after quantization", hint="Keep fp32 or take another variant.")
+    return cosine(before, after)
+
+
+def cosine(before: Mapping[str, Array], after: Mapping[str, Array]) -> float:
+    """Cosine of the angle between two sets of outputs taken as one vector each; 1 for two zero vectors."""
+    first = np.concatenate([before[name].astype(np.float64).ravel() for name in sorted(before)])
+    second = np.concatenate([after[name].astype(np.float64).ravel() for name in sorted(before)])
+    norm = float(np.linalg.norm(first) * np.linalg.norm(second))
+    return float(first @ second) / norm if norm else float(np.array_equal(first, second))
+
+
+def _run(path: Path, inputs: Inputs) -> dict[str, Array]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    with sdk_errors(StageError, f"run `{path.name}` with ONNX Runtime", hint="This variant does not fit the model."):
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        names = [value.name for value in session.get_outputs()]
+        fed = {value.name for value in session.get_inputs()}
+        return dict(zip(names, session.run(names, {k: v for k, v in inputs.items() if k in fed}), strict=True))
+
+
+def _artifact(
+    source: Artifact,
+    variant: Variant,
+    rules: QuantizationRules,
+    out: Path,
+    facts: tuple[LayerFact, ...],
+    agreement: float,
+) -> Artifact:
+    static = variant.kind == "static"
+    symmetric = "symmetric" if rules.symmetric_activation else "asymmetric"
+    scheme = {
+        "engine": variant.engine,
+        "kind": variant.kind,
+        "activation": f"{rules.activation} {symmetric}" if static else "uint8 asymmetric, at run time",
+        "weight": f"{rules.weight}{' reduced range' if rules.reduce_range else ''}",
+        "granularity": "per channel" if variant.per_channel else "per tensor",
+        "operators": "whole graph" if variant.operators is None else " ".join(variant.operators),
+        "calibration": variant.calibration if static else "none",
+        "bias": "int32" if rules.quantize_bias and static else "float32",
+        "agreement": f"cosine {agreement:.4f} to fp32 on one calibration batch",
+    }
+    inputs = graph_inputs(onnx.load(out, load_external_data=False))
+    if {spec.name for spec in inputs} != {spec.name for spec in source.inputs}:
+        raise StageError("quantization changed the inputs", hint="Report this file.")
+    prefix = re.sub(r"/[^/]*$", "", source.name)
+    return dataclasses.replace(
+        source,
+        name=f"{prefix}/{variant.name}",
+        path=out,
+        precision=f"int8-{variant.kind}",
+        digest=file_digest(out),
+        scheme=scheme,
+        facts=facts,
+    )

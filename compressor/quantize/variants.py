@@ -1,0 +1,135 @@
+"""Which int8 variants of a model are worth building for a target, and why the others are not."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from compressor.models.onnx_facts import ModelFacts
+from compressor.profile import QuantizationRules
+from compressor.recipe import QuantizeStage
+
+WEIGHTED_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+TRANSFORMER_OPERATORS = ("Gather", "Gemm", "MatMul")
+NNCF_HINT = "NNCF is not installed; `pip install nncf` (or `compress-for-device[train]`) adds it"
+WHOLE_GRAPH_MASKED = (
+    "attention with a mask: the mask constant (-1e4 or lower) would set the int8 scale of the scores and drown them "
+    "(a BERT fell from 86 % to 14 % accuracy); only Gather, Gemm and MatMul with constant weights are quantized"
+)
+WHOLE_GRAPH_ATTENTION = (
+    "attention: int8 Softmax and LayerNormalization cost accuracy and gain no time; only operators with constant "
+    "weights are quantized"
+)
+DYNAMIC_CONVOLUTION = (
+    "never for convolutions: ONNX Runtime's ConvInteger ran 4 to 10 times slower than the fp32 convolution"
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to make a model int8. ``operators`` None: the whole graph, wherever an int8 kernel exists."""
+
+    name: str
+    engine: Literal["onnxruntime", "nncf"]
+    kind: Literal["static", "dynamic"]
+    per_channel: bool = True
+    operators: tuple[str, ...] | None = None
+    calibration: Literal["minmax", "percentile", "entropy"] = "minmax"
+
+
+def variants(
+    config: QuantizeStage, rules: QuantizationRules, facts: ModelFacts
+) -> tuple[tuple[Variant, ...], Mapping[str, str]]:
+    """The variants to build, and name -> reason for every one that is not.
+
+    >>> # a CNN on a CPU: static per channel, static per tensor, and NNCF's; `int8-dynamic-ort` is rejected
+    """
+    blocked = _blocked(rules, facts)
+    if blocked:
+        return (), {"int8": blocked}
+    chosen: list[Variant] = []
+    rejected: dict[str, str] = {}
+    for variant in _candidates(config, rules, facts):
+        reason = _reason(variant, config, rules, facts)
+        if reason:
+            rejected[variant.name] = reason
+        else:
+            chosen.append(variant)
+    if facts.has_attention and not rules.weighted_only:
+        reason = WHOLE_GRAPH_MASKED if facts.has_masked_attention else WHOLE_GRAPH_ATTENTION
+        rejected["int8-static-whole-graph"] = reason
+    return tuple(chosen), rejected
+
+
+def _blocked(rules: QuantizationRules, facts: ModelFacts) -> str:
+    """Why no int8 variant at all makes sense; empty when some may."""
+    if not rules.int8:
+        return "the target takes no int8"
+    if facts.quantized:
+        found = sorted(name for name in facts.operators if "Quant" in name or "Integer" in name or name.startswith("Q"))
+        return f"the model is already quantized ({', '.join(found) or 'int8 operators'}); it is used as it is"
+    if facts.quantizable:
+        return ""
+    inside = next((node for node in facts.weighted if node.inside), None)
+    if inside:
+        return f"every weighted operator stands in a nested graph (`{inside.name}` in `{inside.inside}`), which no engine quantizes"
+    after = next((node for node in facts.weighted if node.after), None)
+    if after:
+        return f"shapes depend on data: `{after.name}` comes after `{after.after}`, so ranges cannot be calibrated"
+    recurrent = sorted({node.operator for node in facts.weighted} & {"LSTM", "GRU", "RNN"})
+    if recurrent:
+        return f"only recurrent layers ({', '.join(recurrent)}) hold weights, and their int8 form is not portable"
+    return "it has no Conv, Gemm or MatMul with constant weights"
+
+
+def _candidates(config: QuantizeStage, rules: QuantizationRules, facts: ModelFacts) -> list[Variant]:
+    operators = _operators(rules, facts)
+    tag = "static" if operators is None or rules.weighted_only else "static-weighted"
+    method = config.calibration
+    return [
+        Variant(f"int8-{tag}-per-channel-ort", "onnxruntime", "static", True, operators, method),
+        Variant(f"int8-{tag}-per-tensor-ort", "onnxruntime", "static", False, operators, method),
+        Variant("int8-dynamic-ort", "onnxruntime", "dynamic", True, TRANSFORMER_OPERATORS),
+        Variant(f"int8-{tag}-per-channel-nncf", "nncf", "static", True, operators, "minmax"),
+    ]
+
+
+def _operators(rules: QuantizationRules, facts: ModelFacts) -> tuple[str, ...] | None:
+    if rules.weighted_only:
+        return WEIGHTED_OPERATORS
+    if facts.has_attention:
+        return TRANSFORMER_OPERATORS if not facts.has_convolutions else ("Gather", *WEIGHTED_OPERATORS)
+    return None
+
+
+def _reason(variant: Variant, config: QuantizeStage, rules: QuantizationRules, facts: ModelFacts) -> str:
+    """Why this variant is not built; empty when it is."""
+    scheme = "dynamic" if variant.kind == "dynamic" else f"static-per-{'channel' if variant.per_channel else 'tensor'}"
+    if variant.engine not in config.engines:
+        return f"the recipe asks for {', '.join(config.engines)} only"
+    if config.schemes != "auto" and scheme not in config.schemes:
+        return f"the recipe asks for {', '.join(config.schemes)} only"
+    if variant.kind == "dynamic":
+        return _dynamic_reason(rules, facts)
+    if variant.engine == "nncf":
+        return _nncf_reason(rules)
+    return ""
+
+
+def _dynamic_reason(rules: QuantizationRules, facts: ModelFacts) -> str:
+    if not rules.dynamic:
+        return "the target has no kernels that quantize activations at run time"
+    products = [node for node in facts.quantizable if node.operator in ("Gemm", "MatMul")]
+    if not products:
+        return DYNAMIC_CONVOLUTION
+    if facts.has_convolutions and not facts.has_attention:
+        return DYNAMIC_CONVOLUTION
+    return ""
+
+
+def _nncf_reason(rules: QuantizationRules) -> str:
+    if rules.symmetric_activation or not rules.quantize_bias or rules.activation != "uint8":
+        return "NNCF writes unsigned, asymmetric activations, which this target refuses or runs slowly"
+    return "" if importlib.util.find_spec("nncf") else NNCF_HINT
