@@ -38,8 +38,8 @@ def export_onnx(
 ) -> None:
     """Write ``module`` as one ONNX file whose bytes depend only on the module, the specs and the library versions.
 
-    ``example`` holds one array per input, batch first; an input dimension given as a string stays dynamic. A batch of one
-    is doubled, because a traced size of 1 would be taken for a constant. Weights stay inside the file (at most 2 GiB).
+    ``example`` holds one array per input, batch first; an input dimension given as a string stays dynamic. A batch of
+    one is doubled, because a traced size of 1 would be taken for a constant. Weights stay inside (2 GiB at most).
 
     Raises :class:`StageError`, naming the operator where the exporter names one.
     """
@@ -86,7 +86,9 @@ def _check_outputs(module: nn.Module, tensors: Mapping[str, Any], outputs: Seque
         raise StageError(f"the model does not run on the example: {error}", hint=hint) from error
     made = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     if len(made) != len(outputs):
-        message = f"in evaluation mode the model returns {len(made)} tensors, but the export needs {len(outputs)} ({wanted})"
+        message = (
+            f"in evaluation mode the model returns {len(made)} tensors, but the export needs {len(outputs)} ({wanted})"
+        )
         hint = "Return only the final output from forward() when `self.training` is false (no auxiliary heads)."
         raise StageError(message, hint=hint)
     for tensor, spec in zip(made, outputs, strict=True):
@@ -138,13 +140,15 @@ def _export_error(error: BaseException) -> StageError:
         chain.append(cause)
         cause = cause.__cause__
     text = "\n".join(str(part) for part in chain)
-    operator = re.search(r"\b((?:aten|prims|torch\.ops\.\w+|torchvision|[a-z_]+)[.:]{1,2}[a-z_0-9]+(?:\.[A-Za-z_]+)?)\b", text)
+    operator = re.search(
+        r"\b((?:aten|prims|torch\.ops\.\w+|torchvision|[a-z_]+)[.:]{1,2}[a-z_0-9]+(?:\.[A-Za-z_]+)?)\b", text
+    )
     named = re.search(r"(?:function for|target='?|OpOverload\(op=')\W*([\w.:]+)", text)
     found = (named or operator).group(1) if (named or operator) else ""  # type: ignore[union-attr]
     first = next((line for line in str(chain[-1]).splitlines() if line.strip()), type(chain[-1]).__name__)
     hint = "Data-dependent control flow and Python-side sizes cannot be exported; keep forward() to tensor operations."
     if "specialized" in text or "Constraints violated" in text:
-        hint = "A dimension declared dynamic is fixed by the model's code; declare it with its size, or remove the fixed size."
+        hint = "A dimension declared dynamic is fixed by the model's code; declare its size, or free it in the code."
     return StageError(f"export to ONNX failed{f' at `{found}`' if found else ''}: {first.strip()}", hint=hint)
 
 

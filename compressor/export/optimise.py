@@ -1,10 +1,10 @@
 """Graph optimisation that keeps a file portable: standard operators in, standard operators out.
 
-ONNX Runtime's *basic* level does the work offline (constant folding, batch-norm folding, elimination of Identity, Dropout,
-double Cast, dead and duplicate weights). Tried on a ResNet and on BERT exports, the onnxscript optimiser found nothing more
-(torch's exporter has already run it) and left files in the wild larger; and the runtime alone does without torch. Two of
-its passes are switched off: MatMul+Add -> Gemm surrounds transformer layers with Reshape, and moved Transposes
-separate convolutions that int8 kernels would fuse.
+ONNX Runtime's *basic* level does the work offline (constant folding, batch-norm folding, elimination of Identity,
+Dropout, double Cast, dead and duplicate weights). Tried on a ResNet and on BERT exports, the onnxscript optimiser found
+nothing more (torch's exporter has already run it); and the runtime alone does without torch. Two of its passes are
+switched off: MatMul+Add -> Gemm surrounds transformer layers with Reshape, and moved Transposes separate convolutions
+that int8 kernels would fuse.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def _fold(model: ModelProto, name: str) -> ModelProto:
 
 
 def pool_means(model: ModelProto) -> list[LayerFact]:
-    """Rewrite a mean over height and width into GlobalAveragePool (+ Flatten): the same numbers, and a kernel exists for it
-    in int8, so that a quantized network does not return to float before its classifier."""
+    """Rewrite a mean over height and width into GlobalAveragePool (+ Flatten): the same numbers, and it has an int8
+    kernel, so that a quantized network does not return to float before its classifier."""
     facts: list[LayerFact] = []
     fixed = constants(model.graph)
     images = _image_tensors(model)
@@ -117,7 +117,18 @@ def _image_tensors(model: ModelProto) -> set[str]:
     """Tensors known to be (batch, channel, height, width): outputs of 2-D convolutions and what passes them on."""
     fixed = constants(model.graph)
     found: set[str] = set()
-    passing = {"Relu", "Clip", "HardSwish", "HardSigmoid", "Sigmoid", "LeakyRelu", "PRelu", "MaxPool", "AveragePool", "Gelu"}
+    passing = {
+        "Relu",
+        "Clip",
+        "HardSwish",
+        "HardSigmoid",
+        "Sigmoid",
+        "LeakyRelu",
+        "PRelu",
+        "MaxPool",
+        "AveragePool",
+        "Gelu",
+    }
     for node in model.graph.node:
         conv = node.op_type == "Conv" and node.input[1] in fixed and len(fixed[node.input[1]].dims) == 4
         passed = node.op_type in passing | {"BatchNormalization"} and node.input[0] in found
@@ -162,5 +173,9 @@ def _removed(before: Counter[str], after: Counter[str]) -> list[LayerFact]:
     facts = []
     for operator in sorted(set(before) | set(after)):
         if before[operator] != after[operator]:
-            facts.append(LayerFact(STAGE, operator, "fused", str(before[operator]), str(after[operator]), "constant or redundant"))
+            facts.append(
+                LayerFact(
+                    STAGE, operator, "fused", str(before[operator]), str(after[operator]), "constant or redundant"
+                )
+            )
     return facts

@@ -28,8 +28,22 @@ CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})
 DATA_DEPENDENT = frozenset({"NonZero", "Unique", "Compress", "NonMaxSuppression"})
 QUANTIZED = frozenset(
-    """QuantizeLinear DequantizeLinear DynamicQuantizeLinear QLinearConv QLinearMatMul ConvInteger MatMulInteger
-    MatMulNBits QGemm QLinearAdd DynamicQuantizeMatMul MatMulIntegerToFloat QAttention GatherBlockQuantized""".split()
+    [
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "DynamicQuantizeLinear",
+        "QLinearConv",
+        "QLinearMatMul",
+        "ConvInteger",
+        "MatMulInteger",
+        "MatMulNBits",
+        "QGemm",
+        "QLinearAdd",
+        "DynamicQuantizeMatMul",
+        "MatMulIntegerToFloat",
+        "QAttention",
+        "GatherBlockQuantized",
+    ]
 )
 FUSED_ATTENTION = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedAttention"})
 # Operators that hand a tensor on unchanged or scaled: looked through when searching for a mask before Softmax.

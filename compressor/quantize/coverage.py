@@ -11,13 +11,14 @@ from compressor.types import LayerFact
 
 STAGE = "quantize"
 LOOKED_AT = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather")
+MOVED_ACROSS = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "MaxPool", "Identity")
 INTEGER = ("MatMulInteger", "ConvInteger", "QLinearConv", "QLinearMatMul", "QGemm")
 
 
 def layer_facts(
     source: ModelProto, result: ModelProto, skip: Mapping[str, str], operators: tuple[str, ...] | None
 ) -> tuple[LayerFact, ...]:
-    """One fact per Conv, Gemm, MatMul, and Gather from a float table: ``quantized``, or ``left-float`` with the reason."""
+    """One fact per Conv, Gemm, MatMul and Gather from a float table: ``quantized``, or ``left-float`` and why."""
     made = {name: node for node in result.graph.node for name in node.output}
     by_name = {node.name: node for node in result.graph.node}
     integer = {node.name for node in result.graph.node if node.op_type in INTEGER}
@@ -58,11 +59,11 @@ def _quantized(
 
 
 def _dequantizes(node: NodeProto, made: Mapping[str, NodeProto]) -> bool:
-    """A DequantizeLinear, possibly behind a reshape of the weight."""
-    for _ in range(3):
+    """A DequantizeLinear, possibly behind operators that runtimes move it across."""
+    for _ in range(4):
         if node.op_type == "DequantizeLinear":
             return True
-        if node.op_type not in ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten") or node.input[0] not in made:
+        if node.op_type not in MOVED_ACROSS or node.input[0] not in made:
             return False
         node = made[node.input[0]]
     return False

@@ -28,7 +28,7 @@ def quantize_nncf(
     skip: Mapping[str, str],
     attention: bool,
 ) -> ModelProto:
-    """Quantize-dequantize pairs by NNCF. Only the fast bias correction is used: the other one breaks on duplicate nodes.
+    """Quantize-dequantize pairs by NNCF. Only the fast bias correction is used: the other breaks on duplicate names.
 
     Raises :class:`StageError` when NNCF is missing or refuses the graph.
     """
@@ -92,5 +92,3 @@ def _silence() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-

@@ -21,10 +21,31 @@ from compressor.quantize.variants import Variant
 
 # Where ONNX Runtime's CPU kernels stay in int8, so that no convolution is fenced in by a return to float. Softmax,
 # LayerNormalization and embeddings are left out: int8 there costs accuracy and gains no time.
-WHOLE_GRAPH = (
-    """Add AveragePool Clip Concat Conv ConvTranspose Flatten Gemm GlobalAveragePool LeakyRelu MatMul MaxPool Mul Pad Relu
-    Reshape Resize Sigmoid Slice Split Squeeze Transpose Unsqueeze""".split()
-)
+WHOLE_GRAPH = [
+    "Add",
+    "AveragePool",
+    "Clip",
+    "Concat",
+    "Conv",
+    "ConvTranspose",
+    "Flatten",
+    "Gemm",
+    "GlobalAveragePool",
+    "LeakyRelu",
+    "MatMul",
+    "MaxPool",
+    "Mul",
+    "Pad",
+    "Relu",
+    "Reshape",
+    "Resize",
+    "Sigmoid",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+]
 HINT = "Try the other engine, or keep this model in fp32."
 
 
@@ -32,10 +53,9 @@ def quantize_static(
     model: ModelProto, variant: Variant, rules: QuantizationRules, ranges: Ranges, skip: Mapping[str, str]
 ) -> ModelProto:
     """Quantize-dequantize pairs from known activation ranges. ``skip`` names the nodes that stay float."""
+    import numpy as np
     from onnxruntime import quantization
     from onnxruntime.quantization.calibrate import TensorData, TensorsData, save_tensors_data
-
-    import numpy as np
 
     operators = list(variant.operators or WHOLE_GRAPH)
     with _scratch() as folder, sdk_errors(StageError, f"quantize with `{variant.name}`", hint=HINT):
@@ -67,7 +87,7 @@ def static_options(variant: Variant, rules: QuantizationRules) -> dict[str, Any]
     """Extra options of ONNX Runtime's QDQ quantizer.
 
     A variant of weighted operators only leaves their outputs float: the runtime then fuses DequantizeLinear and MatMul
-    into one kernel with a float result (1.13 against 1.29 ms on a small BERT), and TensorRT finds the placement it knows.
+    into one kernel with a float result (1.13 against 1.29 ms on a small BERT), and TensorRT gets its usual placement.
     """
     options: dict[str, Any] = {
         "ActivationSymmetric": rules.symmetric_activation,
@@ -81,9 +101,11 @@ def static_options(variant: Variant, rules: QuantizationRules) -> dict[str, Any]
     return options
 
 
-def quantize_dynamic(model: ModelProto, variant: Variant, rules: QuantizationRules) -> tuple[ModelProto, Mapping[str, str]]:
-    """Weights to int8, activations quantized at run time; embedding tables become int8 as well (a MiniLM file shrinks 4x
-    instead of 1.7x). Returns the model and the nodes left float with their reasons."""
+def quantize_dynamic(
+    model: ModelProto, variant: Variant, rules: QuantizationRules
+) -> tuple[ModelProto, Mapping[str, str]]:
+    """Weights to int8, activations quantized at run time; embedding tables become int8 as well (a small BERT's file
+    shrinks 3.8x instead of 1.7x). Returns the model and the nodes left float with their reasons."""
     from onnxruntime import quantization
 
     skip = {name: why for name, why in left_alone(model).items() if "output" not in why}
@@ -102,7 +124,7 @@ def quantize_dynamic(model: ModelProto, variant: Variant, rules: QuantizationRul
         return onnx.load(folder / "out.onnx"), skip
 
 
-def static_skips(model: ModelProto, rules: QuantizationRules, variant: Variant) -> dict[str, str]:
+def static_skips(model: ModelProto, variant: Variant) -> dict[str, str]:
     """Nodes that a static variant leaves float, with reasons."""
     skip = dict(left_alone(model))
     fixed = constants(model.graph)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, version_converter
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper, version_converter
 
 from compressor.errors import StageError, sdk_errors
 from compressor.models.onnx_facts import DATA_DEPENDENT
@@ -37,9 +37,25 @@ def prepare(original: ModelProto) -> ModelProto:
             model = version_converter.convert_version(model, PER_CHANNEL_OPSET)
         name_nodes(model)
         _lift_constants(model)
+    _divisions_to_products(model)
     model.ir_version = max(model.ir_version, 7)
     del model.graph.value_info[:]
     return model
+
+
+def _divisions_to_products(model: ModelProto) -> None:
+    """x / c becomes x * (1 / c) for a float scalar c: Mul has an int8 kernel, Div has none (hard-swish ends in one)."""
+    fixed = constants(model.graph)
+    for node in model.graph.node:
+        tensor = fixed.get(node.input[1]) if node.op_type == "Div" else None
+        if tensor is None or tensor.data_type != TensorProto.FLOAT:
+            continue
+        value = numpy_helper.to_array(tensor)
+        if value.size != 1 or not value.all():
+            continue
+        inverse = numpy_helper.from_array((1 / value).astype(value.dtype), f"{node.name}_inverse")
+        model.graph.initializer.append(inverse)
+        node.op_type, node.input[1] = "Mul", inverse.name
 
 
 def _lift_constants(model: ModelProto) -> None:

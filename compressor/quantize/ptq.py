@@ -23,7 +23,6 @@ from compressor.quantize.variants import Variant
 from compressor.types import Array, Artifact, Inputs, LayerFact, file_digest
 
 
-
 def quantize(
     source: Artifact,
     variant: Variant,
@@ -35,10 +34,10 @@ def quantize(
 ) -> Artifact:
     """Write the int8 file ``out`` and describe it; ``source`` is read, never written.
 
-    ``calibration`` gives batches of model inputs, anew at each call. ``cache`` is a folder where activation ranges are kept
-    for the next variant. The result has the source's inputs, outputs and metadata, an account of every layer (``facts``)
-    and its ``scheme``. The last step loads it in stock ONNX Runtime and runs it; anything but finite results of the right
-    shapes raises :class:`StageError`.
+    ``calibration`` gives batches of model inputs, anew at each call. ``cache`` is a folder where activation ranges are
+    kept for the next variant. The result has the source's inputs, outputs and metadata, an account of every layer
+    (``facts``) and its ``scheme``. The last step loads it in stock ONNX Runtime and runs it; anything but finite
+    results of the right shapes raises :class:`StageError`.
     """
     if out.resolve() == source.path.resolve():
         raise StageError("the quantized file would replace its source", hint="Give another output path.")
@@ -63,7 +62,7 @@ def _engine(
 ) -> tuple[ModelProto, Mapping[str, str]]:
     if variant.kind == "dynamic":
         return ort.quantize_dynamic(model, variant, rules)
-    skip = ort.static_skips(model, rules, variant)
+    skip = ort.static_skips(model, variant)
     if variant.engine == "nncf":
         attention = describe_model(model, 0).has_attention
         return nncf_engine.quantize_nncf(model, variant, rules, calibration, skip, attention), skip
@@ -107,7 +106,9 @@ def _prove(source: Path, out: Path, calibration: Calibration) -> float:
             message = f"output `{name}` became {array.dtype}{array.shape}, was {before[name].dtype}{before[name].shape}"
             raise StageError(message, hint="This variant does not fit the model; keep fp32 or take another.")
         if np.isfinite(before[name]).all() and not np.isfinite(array).all():
-            raise StageError(f"output `{name}` is not finite after quantization", hint="Keep fp32 or take another variant.")
+            raise StageError(
+                f"output `{name}` is not finite after quantization", hint="Keep fp32 or take another variant."
+            )
     return cosine(before, after)
 
 

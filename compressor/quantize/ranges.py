@@ -1,4 +1,4 @@
-"""Activation ranges from calibration data: one pass for min-max, a second one for histograms, one small batch in memory.
+"""Activation ranges from calibration data: one pass for min-max, a second for histograms, one small batch in memory.
 
 ONNX Runtime's own calibrators keep every activation of every sample until the end, which on pictures of 224 pixels is
 gigabytes; here nothing but two numbers and a histogram per tensor outlives a batch.
@@ -69,7 +69,9 @@ def _runner(model: ModelProto, folder: Path) -> Callable[[Inputs], Iterator[tupl
     watched.CopyFrom(model)
     taken = {value.name for value in model.graph.output}
     for node in model.graph.node:
-        watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in node.output if name and name not in taken)
+        watched.graph.output.extend(
+            onnx.ValueInfoProto(name=name) for name in node.output if name and name not in taken
+        )
     path = folder / "watched.onnx"
     save_model(watched, path)
     options = onnxruntime.SessionOptions()
@@ -102,7 +104,9 @@ def chunks(calibration: Calibration, dims: int = CHUNK) -> Iterator[Inputs]:
             yield {name: np.ascontiguousarray(array[start : start + dims]) for name, array in batch.items()}
 
 
-def _minmax(run: Callable[[Inputs], Iterator[tuple[str, Array]]], calibration: Calibration) -> dict[str, tuple[float, float]]:
+def _minmax(
+    run: Callable[[Inputs], Iterator[tuple[str, Array]]], calibration: Calibration
+) -> dict[str, tuple[float, float]]:
     ranges: dict[str, tuple[float, float]] = {}
     seen = False
     for inputs in chunks(calibration):
@@ -152,8 +156,8 @@ def percentile_range(counts: Array, low: float, high: float, share: float = PERC
 
 
 def entropy_range(counts: Array, low: float, high: float) -> tuple[float, float]:
-    """The threshold T that loses the least information when |x| > T is clipped: least KL divergence between the histogram
-    of |x| and its ``LEVELS``-level version (Migacz, 8-bit inference with TensorRT, 2017)."""
+    """The threshold T that loses the least information when |x| > T is clipped: least KL divergence between the
+    histogram of |x| and its ``LEVELS``-level version (Migacz, 8-bit inference with TensorRT, 2017)."""
     peak = max(-low, high)
     centres = np.abs((np.arange(len(counts)) + 0.5) * (high - low) / len(counts) + low)
     folded = np.histogram(centres, bins=BINS, range=(0.0, peak), weights=counts)[0]

@@ -74,7 +74,8 @@ def _blocked(rules: QuantizationRules, facts: ModelFacts) -> str:
         return ""
     inside = next((node for node in facts.weighted if node.inside), None)
     if inside:
-        return f"every weighted operator stands in a nested graph (`{inside.name}` in `{inside.inside}`), which no engine quantizes"
+        where = f"`{inside.name}` in `{inside.inside}`"
+        return f"every weighted operator stands in a nested graph ({where}), which no engine quantizes"
     after = next((node for node in facts.weighted if node.after), None)
     if after:
         return f"shapes depend on data: `{after.name}` comes after `{after.after}`, so ranges cannot be calibrated"
