@@ -58,23 +58,26 @@ def profiles_show_command(name: str, *, as_json: bool) -> int:
 
 def methods_list_command(*, as_json: bool) -> int:
     """Every registered objective with its first line."""
-    from compressor.distil.registry import describe, names
+    from compressor.distil.objectives.registry import describe, names
 
-    found = {name: describe(name) for name in names()}
+    found = [describe(name) for name in names()]
     if as_json:
-        stdout_json([{"name": name, "description": text} for name, text in found.items()])
+        stdout_json([vars(item) for item in found])
         return 0
-    table(["objective", "what it is"], [[name, text.strip().splitlines()[0]] for name, text in found.items()])
+    table(["objective", "what it is"], [[item.name, item.summary] for item in found])
     return 0
 
 
 def methods_show_command(name: str, *, as_json: bool) -> int:
     """One objective's whole documentation."""
-    from compressor.distil.registry import describe
+    from compressor.distil.objectives.registry import describe
 
-    text = describe(name)
+    found = describe(name)
     if as_json:
-        stdout_json({"name": name, "description": text})
-    else:
-        print(f"{name}\n\n{text}")
+        stdout_json(vars(found))
+        return 0
+    print(f"{found.name}\n\n{found.text}")
+    if found.options:
+        print("\noptions")
+        facts({option: f"{kind} = {default}" for option, kind, default in found.options})
     return 0

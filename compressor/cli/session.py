@@ -165,7 +165,7 @@ def _load_profiles(recipe: Recipe) -> tuple[HardwareProfile, ...]:
 
 
 def _objective_names() -> Sequence[str]:
-    from compressor.distil.registry import names
+    from compressor.distil.objectives.registry import names
 
     return tuple(names())
 
@@ -175,18 +175,21 @@ def _module_problems(recipe: Recipe, model: LoadedModel, data: DataBundle) -> li
     import numpy as np
     import torch
 
-    from compressor import distil, prune
+    from compressor import prune
+    from compressor.distil.terms import check
+    from compressor.models.signals import available
 
     example = {name: torch.from_numpy(array) for name, array in data.splits["calibration"].batch(np.arange(2)).items()}
     problems: list[Problem] = []
     assert model.module is not None
+    signals = available(model.module)
     for position, stage in enumerate(recipe.stage):
-        found: Sequence[Problem] = ()
+        where = f"stage.{position}.{stage.kind}"
         if isinstance(stage, PruneStage):
             found = prune.check(model.module, example, stage)
+            problems += [Problem(f"{where}.{item.where}".rstrip("."), item.what) for item in found]
         elif isinstance(stage, DistilStage):
-            found = distil.check(stage, model.module, recipe.teacher.signals)
-        problems += [Problem(f"stage.{position}.{stage.kind}.{item.where}".rstrip("."), item.what) for item in found]
+            problems += check(stage, signals, signals, where)
     return problems
 
 
