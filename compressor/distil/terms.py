@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,15 +92,13 @@ def _built(item: ObjectiveConfig, place: str, problems: list[Problem]) -> Object
 
 
 def combine(terms: Sequence[tuple[float, Term]]) -> Tensor:
-    """``sum of weight * sum / count``: the one place where reductions are decided. A term without samples gives 0."""
-    return _total(weight * term.sum / _at_least_one(term.count) for weight, term in terms)
+    """Each term as ``weight * sum / count``, stacked: the one place where reductions are decided.
 
+    The loss is their sum. A term without samples (a batch without labels) gives 0.
+    """
+    import torch
 
-def _total(values: Iterator[Tensor]) -> Tensor:
-    total = next(values)
-    for value in values:
-        total = total + value
-    return total
+    return torch.stack([term.sum * (weight / _at_least_one(term.count)) for weight, term in terms])
 
 
 def _at_least_one(count: Tensor | float) -> Tensor | float:

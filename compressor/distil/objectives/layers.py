@@ -36,13 +36,17 @@ def layer_map(student: int, teacher: int, kind: str) -> list[int]:
     if kind == "uniform":
         return [-(-(i + 1) * teacher // student) - 1 for i in range(student)]
     if student > teacher:
-        raise ValueError(f"the map `{kind}` needs a teacher with at least the student's {student} layers, not {teacher}")
+        raise ValueError(
+            f"the map `{kind}` needs a teacher with at least the student's {student} layers, not {teacher}"
+        )
     if kind == "last":
         return [teacher - student + i for i in range(student)]
     return [i * (teacher // student) for i in range(student)]
 
 
-def pairs(match: Match, student: Mapping[str, int], teacher: Mapping[str, int]) -> tuple[list[tuple[str, str]], list[str]]:
+def pairs(
+    match: Match, student: Mapping[str, int], teacher: Mapping[str, int]
+) -> tuple[list[tuple[str, str]], list[str]]:
     """``match`` as pairs (student signal, teacher signal), and what is impossible about it."""
     names, problems = [], []
     for who, text, have in (("student", match.student, student), ("teacher", match.teacher, teacher)):
@@ -90,14 +94,27 @@ def _expand(
         if layers_s > layers_t:
             return [], [f"the teacher has {layers_t} `{family_t}` signals, the student {layers_s}; use `g(i)`"]
         return [(f"{family_s}[{i}]", f"{family_t}[{i}]") for i in range(layers_s)], []
+    if family_s != family_t:
+        return [], [f"`{match.student}` and `{match.teacher}` are of two families; name one layer of each"]
     if index_t != "g(i)":
         fixed = _name(family_t, index_t, layers_t)
         return [(f"{family_s}[{i}]", fixed) for i in range(layers_s)], []
     try:
-        mapped = layer_map(layers_s, layers_t, match.map)
+        mapped = _mapped(family_s, match.map, student, teacher)
     except ValueError as error:
         return [], [str(error)]
     return [(f"{family_s}[{i}]", f"{family_t}[{j}]") for i, j in enumerate(mapped)], []
+
+
+def _mapped(family: str, kind: str, student: Mapping[str, int], teacher: Mapping[str, int]) -> list[int]:
+    """Embeddings (``hidden[0]`` of transformers) teach embeddings; the layers above them are mapped."""
+    below = int(family == "hidden" and _starts_with_embeddings(student) and _starts_with_embeddings(teacher))
+    mapped = layer_map(count(student, family) - below, count(teacher, family) - below, kind)
+    return [*range(below), *(below + layer for layer in mapped)]
+
+
+def _starts_with_embeddings(signals: Mapping[str, int]) -> bool:
+    return count(signals, "hidden") == count(signals, "qkv") + 1 > 1
 
 
 def _name(family: str, index: str | None, layers: int) -> str:

@@ -78,7 +78,9 @@ def describe(name: str) -> Description:
 def _entry(name: str) -> EntryPoint:
     entry = _entries().get(name)
     if entry is None:
-        raise ConfigError.single("the recipe", "objective.use", unknown(name), hint="See `compress-for-device methods`.")
+        raise ConfigError.single(
+            "the recipe", "objective.use", unknown(name), hint="See `compress-for-device methods`."
+        )
     return entry
 
 
@@ -100,7 +102,9 @@ def _options(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> tuple[tupl
     for inner in node.body:
         if isinstance(inner, ast.ClassDef) and inner.name == "Options":
             fields = [part for part in inner.body if isinstance(part, ast.AnnAssign) and part.value is not None]
-            return tuple((ast.unparse(f.target), ast.unparse(f.annotation), ast.unparse(f.value)) for f in fields if f.value)
+            return tuple(
+                (ast.unparse(f.target), ast.unparse(f.annotation), ast.unparse(f.value)) for f in fields if f.value
+            )
     for base in node.bases:
         if isinstance(base, ast.Name) and base.id in classes:
             return _options(classes[base.id], classes)

@@ -1,0 +1,104 @@
+"""Optimisers, learning-rate schedules and the moving average of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatch
+
+import torch
+from torch import Tensor, nn
+
+from compressor.recipe import DistilStage
+
+MOMENTUM = 0.9
+ONE_CYCLE_START = 0.3  # share of the steps in which one-cycle rises (Smith and Topin, 2018)
+ONE_CYCLE_LOW = 1 / 25  # its first learning rate over the highest
+
+
+def optimiser(student: nn.Module, extra: Iterable[nn.Parameter], config: DistilStage) -> torch.optim.Optimizer:
+    """AdamW or SGD (Nesterov, momentum 0.9); no weight decay on biases, norms and projectors.
+
+    Uses torch's fused kernels, which update all parameters in one call.
+    """
+    trained = [p for p in student.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [*(p for p in trained if p.dim() < 2), *extra], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.optimiser == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=MOMENTUM, nesterov=True, fused=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+
+
+def learning_rate(step: int, total: int, config: DistilStage) -> float:
+    """Learning rate of a step (from 0): a pure function, so that a resumed run needs no scheduler state."""
+    peak = config.learning_rate
+    if config.schedule == "one-cycle":
+        rise = max(1.0, ONE_CYCLE_START * total)
+        if step < rise:
+            return peak * (ONE_CYCLE_LOW + (1 - ONE_CYCLE_LOW) * 0.5 * (1 - math.cos(math.pi * step / rise)))
+        return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, total - rise)))
+    warm = int(config.warmup * total)
+    if step < warm:
+        return peak * (step + 1) / warm
+    done = (step - warm) / max(1, total - warm)
+    if config.schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+    return peak * (1 - done) if config.schedule == "linear" else peak
+
+
+def freeze(student: nn.Module, patterns: Iterable[str]) -> tuple[list[nn.Parameter], list[nn.Module]]:
+    """Stop the gradient of parameters whose names match; returns them, and the modules that they make constant.
+
+    A module all of whose own parameters are frozen must stay in evaluation mode, or its batch statistics would move.
+    """
+    wanted = tuple(patterns)
+    frozen = [p for name, p in student.named_parameters() if p.requires_grad and any(fnmatch(name, w) for w in wanted)]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    still = [m for m in student.modules() if frozen and _all_frozen(m)]
+    return frozen, still
+
+
+def _all_frozen(module: nn.Module) -> bool:
+    own = list(module.parameters(recurse=False))
+    return bool(own) and not any(p.requires_grad for p in own)
+
+
+class MovingAverage:
+    """Exponential moving average of parameters and floating-point buffers; early steps use a smaller decay."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._live = {n: t for n, t in module.state_dict(keep_vars=False).items() if t.is_floating_point()}
+        self.values = {name: tensor.detach().clone() for name, tensor in self._live.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the average towards the live weights after a step (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.values.values()), list(self._live.values()), 1 - decay)
+
+    @torch.no_grad()
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Take the average from a checkpoint."""
+        for name, tensor in values.items():
+            self.values[name].copy_(tensor)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The module has the averaged weights inside the ``with``."""
+        kept = {name: tensor.detach().clone() for name, tensor in self._live.items()}
+        self._copy(self.values)
+        try:
+            yield
+        finally:
+            self._copy(kept)
+
+    @torch.no_grad()
+    def _copy(self, values: Mapping[str, Tensor]) -> None:
+        for name, tensor in values.items():
+            self._live[name].copy_(tensor)

@@ -1,0 +1,129 @@
+"""The training samples as one sequence, and the deterministic order in which they are seen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compressor.data.types import DataBundle, Split
+from compressor.errors import StageError
+from compressor.types import Array
+
+UNLABELLED = -100  # torch's ignore index of cross-entropy
+POOL_BATCHES = 16  # samples of this many batches are grouped by length
+
+
+class TrainingSet:
+    """``train`` and then ``transfer`` (whose labels are unknown), addressed by one position."""
+
+    def __init__(self, parts: Sequence[Split]) -> None:
+        self._parts = tuple(parts)
+        self._starts = np.cumsum([0, *(len(part) for part in parts)])
+        self.labels = np.concatenate([_labels(part, known=i == 0) for i, part in enumerate(parts)])
+        self.digests = np.concatenate([np.asarray(part.digests, dtype="S16") for part in parts])
+
+    @classmethod
+    def of(cls, data: DataBundle) -> TrainingSet:
+        """The training samples of ``data``.
+
+        Raises:
+            StageError: the train part is missing or empty.
+        """
+        train = data.splits.get("train")
+        if train is None or len(train) == 0:
+            raise StageError("there is nothing to train on", hint="The train part of the data is empty.")
+        transfer = data.splits.get("transfer")
+        return cls([train] if transfer is None or len(transfer) == 0 else [train, transfer])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def labelled(self) -> bool:
+        """Is there a sample with a label?"""
+        return bool((self.labels != UNLABELLED).any())
+
+    def batch(self, positions: Array) -> dict[str, Tensor]:
+        """Model inputs of these samples, in their order; text from both parts is padded to one length."""
+        if len(self._parts) == 1:
+            return _tensors(self._parts[0].batch(positions))
+        owner = np.searchsorted(self._starts[1:], positions, side="right")
+        groups = [np.flatnonzero(owner == part) for part in range(len(self._parts))]
+        made = [
+            _tensors(part.batch(positions[rows] - self._starts[i]))
+            for i, (part, rows) in enumerate(zip(self._parts, groups, strict=True))
+            if len(rows)
+        ]
+        if len(made) == 1:
+            return made[0]
+        back = torch.from_numpy(np.argsort(np.concatenate(groups), kind="stable"))
+        return {name: _stack([part[name] for part in made])[back] for name in made[0]}
+
+    @cached_property
+    def lengths(self) -> Array | None:
+        """Real tokens of each sample (int64), or None when the inputs have no mask."""
+        if "attention_mask" not in self.batch(np.arange(1)):
+            return None
+        chunks = np.array_split(np.arange(len(self)), -(-len(self) // 256))
+        return np.concatenate([self.batch(chunk)["attention_mask"].sum(1).numpy() for chunk in chunks])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the samples' digests, their labels and the model inputs of 32 samples spread over the set.
+
+        The last part notices another tokenizer or other preprocessing of the same raw samples.
+        """
+        found = hashlib.sha256(self.digests.tobytes() + self.labels.tobytes())
+        for name, tensor in sorted(self.batch(np.unique(np.linspace(0, len(self) - 1, 32).astype(np.int64))).items()):
+            found.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            found.update(tensor.contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+    def order(self, epoch: int, batch: int, seed: int) -> list[Array]:
+        """Batches of positions for one epoch; the same for the same arguments.
+
+        Text is grouped by length inside pools of ``POOL_BATCHES`` batches and the batches are shuffled again, so padding
+        shrinks while every batch still is a random part of the data.
+        """
+        random = np.random.Generator(np.random.PCG64([seed, epoch]))
+        shuffled = random.permutation(len(self))
+        if self.lengths is None:
+            return _cut(shuffled, batch)
+        pool = batch * POOL_BATCHES
+        batches = []
+        for start in range(0, len(self), pool):
+            part = shuffled[start : start + pool]
+            part = part[np.argsort(self.lengths[part], kind="stable")]
+            batches += _cut(part, batch)
+        return [batches[i] for i in random.permutation(len(batches))]
+
+
+def _cut(positions: Array, batch: int) -> list[Array]:
+    """Pieces of ``batch`` positions; a single one left over joins the last piece, as batch norm needs two."""
+    edges = list(range(batch, len(positions), batch))
+    if edges and batch > 1 and len(positions) - edges[-1] == 1:
+        edges.pop()
+    return [piece for piece in np.split(positions, edges) if len(piece)]
+
+
+def _labels(part: Split, known: bool) -> Array:
+    if not known or part.labels is None:
+        return np.full(len(part), UNLABELLED, dtype=np.int64)
+    return np.asarray(part.labels, dtype=np.int64)
+
+
+def _tensors(inputs: Mapping[str, Array]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    if parts[0].dim() != 2 or len({part.shape[1] for part in parts}) == 1:
+        return torch.cat(list(parts))
+    longest = max(int(part.shape[1]) for part in parts)
+    # padded tokens are masked, so their ids do not matter
+    return torch.cat([torch.nn.functional.pad(part, (0, longest - int(part.shape[1]))) for part in parts])
