@@ -6,9 +6,11 @@ A *run* takes model inputs by name and returns outputs by name. :func:`predict` 
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -25,7 +27,10 @@ PROBABILITY_TOLERANCE = 1e-2  # a row of a softmax output sums to 1 within this,
 class EvalSet(Protocol):
     """Labelled samples as model inputs."""
 
-    labels: Array | None  # int64 (N,)
+    @property
+    def labels(self) -> Array | None:
+        """int64 (N,); None when there are none."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -37,7 +42,8 @@ class EvalSet(Protocol):
 class BatchSource(Protocol):
     """What :class:`SplitEvalSet` needs of a split of the data; :class:`compressor.data.types.Split` fits."""
 
-    labels: Array | None
+    @property
+    def labels(self) -> Array | None: ...
 
     def __len__(self) -> int: ...
 
@@ -53,6 +59,11 @@ class SplitEvalSet:
     @property
     def labels(self) -> Array | None:
         return self.split.labels
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the model inputs themselves (:func:`content_digest`), made once."""
+        return content_digest(self)
 
     def __len__(self) -> int:
         return len(self.split)
@@ -71,6 +82,11 @@ class ArrayEvalSet:
     arrays: Mapping[str, Array]
     labels: Array | None = None
 
+    @cached_property
+    def digest(self) -> str:
+        """Of the model inputs themselves (:func:`content_digest`), made once."""
+        return content_digest(self)
+
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
 
@@ -79,6 +95,17 @@ class ArrayEvalSet:
             part = slice(start, start + size)
             inputs = {name: array[part] for name, array in self.arrays.items()}
             yield inputs, None if self.labels is None else self.labels[part]
+
+
+def content_digest(evalset: EvalSet) -> str:
+    """SHA-256 over all model inputs, after preprocessing: a key for stored predictions no setting slips past."""
+    digest = hashlib.sha256()
+    for inputs, _ in evalset.batches(64):
+        for name in sorted(inputs):
+            array = np.ascontiguousarray(inputs[name])
+            digest.update(f"{name}{array.dtype.str}{array.shape}".encode())
+            digest.update(array.data)
+    return "sha256:" + digest.hexdigest()
 
 
 def fixed_batch(specs: Sequence[TensorSpec]) -> int | None:
@@ -139,7 +166,7 @@ def predict(
     rows: list[Array] = []
     for inputs, _ in evalset.batches(static or batch):
         count = len(next(iter(inputs.values())))
-        outputs = run(_fill(fit_inputs(inputs, specs), static))
+        outputs = run(fill_batch(fit_inputs(inputs, specs), static))
         name = output_name if output_name is not None else next(iter(outputs))
         if name not in outputs:
             raise RunError(f"the model has no output `{name}`, only {', '.join(outputs)}")
@@ -149,7 +176,8 @@ def predict(
     return np.concatenate(rows)
 
 
-def _fill(inputs: dict[str, Array], static: int | None) -> dict[str, Array]:
+def fill_batch(inputs: dict[str, Array], static: int | None) -> dict[str, Array]:
+    """Repeat the last sample until the batch has ``static`` samples; None leaves it as it is."""
     if static is None:
         return inputs
     return {
@@ -184,8 +212,8 @@ def score(task: Task, outputs: Array, labels: Array | None, reference: Array | N
     - Classification: share of argmax equal to the label; without labels, equal to the argmax of ``reference``.
     - ``sentence-embedding``: Spearman's rank correlation between the pairwise cosine similarities of ``outputs`` and of
       ``reference`` over the set (:func:`similarity_correlation`).
-    - ``generic``: with integer labels, accuracy. Without, agreement with ``reference``: the share of equal argmax when the
-      reference's rows are probability distributions (rank 2, non-negative, sum 1), otherwise 1 - relative error
+    - ``generic``: with integer labels, accuracy. Without, agreement with ``reference``: the share of equal argmax when
+      the reference's rows are probability distributions (rank 2, non-negative, sum 1), otherwise 1 - relative error
       (:func:`closeness`), because the argmax of a picture or a code means nothing.
 
     ``outputs`` and ``reference`` are (N, C); ValueError when neither labels nor reference allow a score.
@@ -195,7 +223,7 @@ def score(task: Task, outputs: Array, labels: Array | None, reference: Array | N
     if labels is not None:
         return float(np.mean(_argmax(outputs) == labels))
     reference = _needed(reference, task)
-    if task == "generic" and not _is_distribution(reference):
+    if task == "generic" and not is_distribution(reference):
         return closeness(outputs, reference)
     return agreement(reference, outputs)
 
@@ -207,10 +235,15 @@ def _needed(reference: Array | None, task: Task) -> Array:
 
 
 def _argmax(outputs: Array) -> Array:
-    return np.argmax(outputs.reshape(len(outputs), -1), axis=1)
+    """Predicted class; a single output is the logit of class 1 (its probability, when the values stay within 0..1)."""
+    flat = outputs.reshape(len(outputs), -1)
+    if flat.shape[1] == 1:
+        return np.asarray(flat[:, 0] > (0.5 if flat.min() >= 0 and flat.max() <= 1 else 0), dtype=np.int64)
+    return np.asarray(np.argmax(flat, axis=1))
 
 
-def _is_distribution(outputs: Array) -> bool:
+def is_distribution(outputs: Array) -> bool:
+    """Are the rows of a rank 2 output probabilities: non-negative, sum 1?"""
     if outputs.ndim != 2 or outputs.shape[1] < 2:
         return False
     return bool(outputs.min() >= 0 and np.allclose(outputs.sum(axis=1), 1, atol=PROBABILITY_TOLERANCE))
@@ -230,20 +263,24 @@ def closeness(outputs: Array, reference: Array) -> float:
 
 
 def loyalty(teacher_logits: Array, student_logits: Array) -> tuple[float, float]:
-    """Label and probability loyalty of (N, C) logits, softmax temperature 1.
+    """Label and probability loyalty of (N, C) logits (or probabilities, which are taken as they are), temperature 1.
 
-    Label: share of equal argmax. Probability: mean over samples of 1 - sqrt(JS(p, q)), with the Jensen-Shannon divergence
-    in natural logarithms ("Beyond Preserved Accuracy", Xu et al., EMNLP 2021).
+    Label: share of equal argmax. Probability: mean over samples of 1 - sqrt(JS(p, q)), with the Jensen-Shannon
+    divergence in natural logarithms ("Beyond Preserved Accuracy", Xu et al., EMNLP 2021).
     """
-    teacher, student = (_softmax(np.asarray(logits, dtype=np.float64)) for logits in (teacher_logits, student_logits))
+    teacher, student = (
+        _probabilities(np.asarray(logits, dtype=np.float64)) for logits in (teacher_logits, student_logits)
+    )
     middle = (teacher + student) / 2
     divergence = (_kl(teacher, middle) + _kl(student, middle)) / 2
     return agreement(teacher_logits, student_logits), float(np.mean(1 - np.sqrt(np.maximum(divergence, 0))))
 
 
-def _softmax(logits: Array) -> Array:
+def _probabilities(logits: Array) -> Array:
+    if is_distribution(logits):
+        return np.asarray(logits / logits.sum(axis=1, keepdims=True))
     raised: Array = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return raised / raised.sum(axis=1, keepdims=True)
+    return np.asarray(raised / raised.sum(axis=1, keepdims=True))
 
 
 def _kl(first: Array, second: Array) -> Array:
@@ -259,7 +296,9 @@ def similarity_correlation(outputs: Array, reference: Array, cap: int = PAIR_CAP
     model, so that scores compare. Ties get their mean rank. 1.0 when both are constant and equal.
     """
     first, second = _pairs(len(outputs), cap)
-    mine, theirs = (_ranks(_cosines(np.asarray(array, dtype=np.float64), first, second)) for array in (outputs, reference))
+    mine, theirs = (
+        _ranks(_cosines(np.asarray(array, dtype=np.float64), first, second)) for array in (outputs, reference)
+    )
     mine, theirs = mine - mine.mean(), theirs - theirs.mean()
     size = np.sqrt(np.sum(mine**2) * np.sum(theirs**2))
     return float(np.sum(mine * theirs) / size) if size > 0 else float(np.array_equal(mine, theirs))

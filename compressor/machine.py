@@ -24,7 +24,7 @@ ARM_PARTS = {
     "0xd49": "Neoverse-N2",
 }
 # Instruction sets that change which kernels an inference runtime picks; everything else in the flags is left out.
-KERNEL_FEATURES = (
+KERNEL_FEATURES = (  # noqa: SIM905 - a list of 24 quoted words is harder to read
     "sse4_1 avx avx2 fma f16c avx512f avx512bw avx512vl avx512_vnni avx_vnni avx512_bf16 avx512_fp16 amx_tile amx_int8 "
     "amx_bf16 asimd asimdhp asimddp i8mm bf16 sve sve2 neon vfpv4"
 ).split()
@@ -164,7 +164,9 @@ def _ram_mib(meminfo: str) -> float | None:
 
 
 def _system(release: str) -> str:
-    pretty = next((line.partition("=")[2].strip('"') for line in release.splitlines() if line.startswith("PRETTY_")), "")
+    pretty = next(
+        (line.partition("=")[2].strip('"') for line in release.splitlines() if line.startswith("PRETTY_")), ""
+    )
     return f"{pretty or platform.system()}, {platform.system()} {platform.release()}"
 
 

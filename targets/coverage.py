@@ -15,15 +15,43 @@ from targets.base import Coverage, NodeFact
 
 # Integer kernels of ONNX Runtime's CPU provider for weighted nodes (docs/ContribOperators.md and the ONNX standard).
 QUANTIZED = frozenset(
-    "QLinearConv QLinearMatMul QGemm MatMulInteger MatMulInteger16 MatMulIntegerToFloat DynamicQuantizeMatMul "
-    "QAttention MatMulNBits GatherBlockQuantized DynamicQuantizeLSTM".split()
+    {
+        "QLinearConv",
+        "QLinearMatMul",
+        "QGemm",
+        "MatMulInteger",
+        "MatMulInteger16",
+        "MatMulIntegerToFloat",
+        "DynamicQuantizeMatMul",
+        "QAttention",
+        "MatMulNBits",
+        "GatherBlockQuantized",
+        "DynamicQuantizeLSTM",
+    }
 )
 FLOAT = frozenset(
-    "Conv FusedConv NhwcFusedConv ConvTranspose Gemm FusedGemm MatMul FusedMatMul FusedMatMulActivation GemmFastGelu "
-    "TransposeMatMul Attention MultiHeadAttention PackedAttention LSTM GRU RNN".split()
+    {
+        "Conv",
+        "FusedConv",
+        "NhwcFusedConv",
+        "ConvTranspose",
+        "Gemm",
+        "FusedGemm",
+        "MatMul",
+        "FusedMatMul",
+        "FusedMatMulActivation",
+        "GemmFastGelu",
+        "TransposeMatMul",
+        "Attention",
+        "MultiHeadAttention",
+        "PackedAttention",
+        "LSTM",
+        "GRU",
+        "RNN",
+    }
 )
-# Quantized in name only: on the CPU provider ConvInteger took 4 to 10 times as long as the float Conv (digits MobileNetV2
-# and ResNet, ONNX Runtime 1.31, x86 with VNNI, one thread), so it counts as not covered.
+# Quantized in name only: on the CPU provider ConvInteger took 4 to 10 times as long as the float Conv (digits
+# MobileNetV2 and ResNet, ONNX Runtime 1.31, x86 with VNNI, one thread), so it counts as not covered.
 SLOW_INTEGER = {"ConvInteger": "dynamic quantization of a convolution: ConvInteger is slower than the float kernel"}
 QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 

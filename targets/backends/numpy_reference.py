@@ -1,7 +1,7 @@
 """The smallest back end: ONNX's own reference evaluator, in numpy. Template, test double and documentation.
 
-A new back end is this file with another tool chain: say what works here (``probe``), refuse what cannot work before it is
-tried (``check``), make the device's file (``compile``), load it (``open``). It never measures time. One line in
+A new back end is this file with another tool chain: say what works here (``probe``), refuse what cannot work before it
+is tried (``check``), make the device's file (``compile``), load it (``open``). It never measures time. One line in
 ``pyproject.toml`` registers it: ``[project.entry-points."compress_for_device.targets"]``.
 
 The evaluator executes the standard's definition of every operator, in Python: right but slow, hence the node limit.
@@ -49,7 +49,9 @@ class NumpyReference(TargetBackend):
         import onnx
 
         if problems := self.check(artifact, profile):
-            raise CompileError("; ".join(problems), hint="Use a target that knows this operator, such as onnxruntime-cpu.")
+            raise CompileError(
+                "; ".join(problems), hint="Use a target that knows this operator, such as onnxruntime-cpu."
+            )
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"{artifact.name.replace('/', '-')}.onnx"
         with sdk_errors(CompileError, f"check `{artifact.name}`", hint="The file breaks the ONNX standard."):
@@ -59,7 +61,7 @@ class NumpyReference(TargetBackend):
         return Compiled(path=path, artifact=artifact, placed=len(model.graph.node))
 
     @contextmanager
-    def open(self, compiled: Compiled, profile: HardwareProfile) -> Iterator[Session]:
+    def open(self, compiled: Compiled, profile: HardwareProfile) -> Iterator[Session]:  # noqa: ARG002
         from onnx.reference import ReferenceEvaluator
 
         with sdk_errors(RunError, f"load `{compiled.path.name}` in the reference evaluator"):
@@ -103,4 +105,5 @@ def _refused(model: Any, profile: HardwareProfile) -> Iterator[str]:
             load_op(node.domain, node.op_type, versions.get(node.domain))
         except (ValueError, RuntimeError) as error:  # unknown domain; unknown or not implemented operator
             operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-            yield f"node `{node.name or node.output[0]}`: no reference implementation of {operator} ({type(error).__name__})"
+            why = type(error).__name__
+            yield f"node `{node.name or node.output[0]}`: no reference implementation of {operator} ({why})"

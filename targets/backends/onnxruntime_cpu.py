@@ -1,4 +1,4 @@
-"""ONNX Runtime's CPU provider: threads, graph level and arena from the profile; the portable ``.onnx`` is what ships."""
+"""ONNX Runtime's CPU provider: threads, graph level, arena from the profile; the portable ``.onnx`` is what ships."""
 
 from __future__ import annotations
 
@@ -38,19 +38,23 @@ class OnnxRuntimeCpu(TargetBackend):
             import onnx
             import onnxruntime
         except ImportError as error:
-            return Missing(reason=f"{error.name or 'onnxruntime'} is not installed", hint="pip install onnxruntime onnx")
+            return Missing(
+                reason=f"{error.name or 'onnxruntime'} is not installed", hint="pip install onnxruntime onnx"
+            )
         if PROVIDER not in onnxruntime.get_available_providers():
             return Missing(reason=f"this ONNX Runtime has no {PROVIDER}", hint="Install the plain onnxruntime wheel.")
         versions = {"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__}
         return Ready(device=detect().processor, versions=versions, runs=Origin.MEASURED)
 
-    def check(self, artifact: Artifact, profile: HardwareProfile) -> tuple[str, ...]:
+    def check(self, artifact: Artifact, profile: HardwareProfile) -> tuple[str, ...]:  # noqa: ARG002
         """Wrong options of the profile; what the runtime cannot load shows when compiling, which is as cheap."""
         unknown = sorted(set(profile.options) - OPTIONS)
-        return tuple(f"options.{key}: unknown option of {self.name}; known: {', '.join(sorted(OPTIONS))}" for key in unknown)
+        return tuple(
+            f"options.{key}: unknown option of {self.name}; known: {', '.join(sorted(OPTIONS))}" for key in unknown
+        )
 
     def compile(self, artifact: Artifact, profile: HardwareProfile, out: Path) -> Compiled:
-        """Load the file with graph optimisation, save the optimised graph in ``out`` and read kernel coverage from it."""
+        """Load the file with graph optimisation; kernel coverage is read from the graph saved in ``out``."""
         import onnx
 
         from targets.coverage import kernel_coverage, node_count
@@ -60,9 +64,11 @@ class OnnxRuntimeCpu(TargetBackend):
         started = time.perf_counter()
         out.mkdir(parents=True, exist_ok=True)
         optimised = out / f"{artifact.name.replace('/', '-')}.optimised.onnx"
-        with sdk_errors(CompileError, f"load `{artifact.name}` in ONNX Runtime", hint="Is the file a valid ONNX model?"):
+        with sdk_errors(
+            CompileError, f"load `{artifact.name}` in ONNX Runtime", hint="Is the file a valid ONNX model?"
+        ):
             external = _external_files(artifact.path)
-            _session(artifact.path, profile, save_to=optimised)
+            open_session(artifact.path, profile, save_to=optimised)
             model = onnx.load(str(optimised), load_external_data=False)
         return Compiled(
             path=artifact.path,
@@ -78,7 +84,7 @@ class OnnxRuntimeCpu(TargetBackend):
     def open(self, compiled: Compiled, profile: HardwareProfile) -> Iterator[Session]:
         """Load the portable file; the provider that was asked for must be the one that is used."""
         with sdk_errors(RunError, f"load `{compiled.path.name}` in ONNX Runtime"):
-            session = _session(compiled.path, profile)
+            session = open_session(compiled.path, profile)
         yield OrtSession(session)
 
 
@@ -106,7 +112,8 @@ def _error_types() -> tuple[type[Exception], ...]:
     return (*found, ValueError, RuntimeError, TypeError)
 
 
-def _session(path: Path, profile: HardwareProfile, save_to: Path | None = None) -> Any:
+def open_session(path: Path, profile: HardwareProfile, save_to: Path | None = None) -> Any:
+    """A bare ``InferenceSession`` set up as the profile says; saves the graph it runs to ``save_to``."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -118,7 +125,9 @@ def _session(path: Path, profile: HardwareProfile, save_to: Path | None = None) 
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     # Threads stop spinning when a run ends: an idle session must not slow the next one of an interleaved measurement.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.set_denormal_as_zero", str(int(profile.options.get("denormal_as_zero", 0))))
+    options.add_session_config_entry(
+        "session.set_denormal_as_zero", str(int(profile.options.get("denormal_as_zero", 0)))
+    )
     if save_to is not None:
         options.optimized_model_filepath = str(save_to)
     session = onnxruntime.InferenceSession(str(path), options, providers=[PROVIDER])

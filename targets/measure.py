@@ -1,0 +1,236 @@
+"""The one timing loop. Every back end is timed by it, so that figures compare.
+
+Rules:
+
+1. **Warm-up until steady**: rounds of about ``warm_round_ms`` on the first input until the medians of ``warm_window``
+   consecutive rounds lie within ``steady`` of each other, at most ``warm_budget_s``; then every input once.
+2. **Many short rounds, interleaved**: in each round every candidate gets one turn of about ``turn_ms`` (at least
+   ``min_runs`` runs, the same number in every round, after one untimed run). All turns of a round use the same input;
+   the order rotates and alternates in direction. Rounds go on, over all inputs equally often, until the interval of
+   every ratio is narrower than ``precision``, within ``min_rounds``, ``max_rounds`` and ``budget_s``.
+3. **Preempted runs do not count**: a run during which a thread of this process lost its core says something about the
+   other processes of the machine. Turns run with real-time priority where that is permitted; runs in which the process
+   was still preempted are left out of the figures, and their share is reported. A turn without any clean run counts
+   with its fastest run.
+4. **The ratio** of a candidate is the median over rounds of (reference's median / candidate's median) in the same
+   round: what slows a whole round cancels out.
+
+Garbage collection is off during a turn. Intervals are 95 %, from order statistics.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+
+from targets.clock import Clock, Priority, SystemClock, available_priority, real_time
+from targets.statistics import median_interval, percentiles, relative_half_width
+
+Run = Callable[[int], object]  # runs the model once on input number i
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and how often; see the module's rules."""
+
+    turn_ms: float = 15.0
+    min_runs: int = 3
+    min_rounds: int = 32
+    max_rounds: int = 240
+    budget_s: float = 20.0
+    precision: float = 0.02  # half width of a ratio's interval, relative
+    steady: float = 0.05
+    warm_window: int = 3
+    warm_round_ms: float = 10.0
+    warm_budget_s: float = 2.0
+    priority: Priority | None = None  # None: the best that is permitted
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Latency of one candidate. ``p50_ms`` is the median over rounds of each turn's median."""
+
+    p50_ms: float
+    p90_ms: float
+    p95_ms: float
+    p99_ms: float
+    mean_ms: float
+    ci95_low_ms: float
+    ci95_high_ms: float
+    rounds: int
+    samples: int
+    preempted_share: float  # of all runs; these are not in the figures above
+    p99_all_ms: float  # with the preempted runs: what a user of this busy machine would see
+    ratio: float  # reference / this: how many times as fast as the reference
+    ratio_low: float
+    ratio_high: float
+
+
+@dataclass(frozen=True)
+class Contention:
+    """How busy the machine was while measuring."""
+
+    load: float
+    preempted_share: float
+    cpu_share: float  # CPU time of the process over wall time of its turns; below 1 x threads: something made it wait
+    priority: Priority
+
+    def describe(self) -> str:
+        return (
+            f"load {self.load:.1f}, {self.preempted_share:.0%} of runs preempted and left out, "
+            f"{self.cpu_share:.2f} cores used, {self.priority} priority"
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A whole group, measured together."""
+
+    timings: Mapping[str, Timing]
+    reference: str
+    contention: Contention
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@dataclass
+class _Track:
+    """What one candidate collected."""
+
+    count: int  # runs a turn
+    levels: list[float] = field(default_factory=list)  # ns, one a round
+    clean: list[int] = field(default_factory=list)
+    every: list[int] = field(default_factory=list)
+
+
+def measure(
+    runs: Mapping[str, Run],
+    reference: str,
+    inputs: int = 1,
+    settings: Settings | None = None,
+    clock: Clock | None = None,
+) -> Measured:
+    """Time all ``runs`` against ``reference`` over ``inputs`` different inputs.
+
+    Raises ValueError when ``reference`` is not among them; what a run raises passes through.
+    """
+    if reference not in runs:
+        raise ValueError(f"the reference `{reference}` is not measured: {', '.join(runs)}")
+    settings, clock = settings or Settings(), clock or SystemClock()
+    priority = settings.priority or available_priority()
+    tracks = {name: _Track(_warm_up(run, inputs, settings, clock)) for name, run in runs.items()}
+    started, wall, cpu, done = clock.now_ns(), 0, 0, 0  # ns, ns, ns, rounds
+    while not _enough(tracks, reference, inputs, (clock.now_ns() - started) / 1e9, settings):
+        for name in _order(list(runs), done):
+            turn_wall, turn_cpu = _turn(runs[name], tracks[name], done % inputs, priority, clock)
+            wall, cpu = wall + turn_wall, cpu + turn_cpu
+        done += 1
+    preempted = 1 - sum(len(track.clean) for track in tracks.values()) / sum(
+        len(track.every) for track in tracks.values()
+    )
+    contention = Contention(clock.load(), preempted, cpu / max(wall, 1), priority)
+    timings = {name: _timing(track, tracks[reference]) for name, track in tracks.items()}
+    return Measured(timings, reference, contention)
+
+
+def _warm_up(run: Run, inputs: int, settings: Settings, clock: Clock) -> int:
+    """Run until steady; returns how many runs make a turn."""
+    started = clock.now_ns()
+    medians: list[float] = []
+    while True:
+        times: list[int] = []
+        round_started = clock.now_ns()
+        while not times or clock.now_ns() - round_started < settings.warm_round_ms * 1e6:
+            before = clock.now_ns()
+            run(0)
+            times.append(clock.now_ns() - before)
+        medians.append(median(times))
+        window = medians[-settings.warm_window :]
+        steady = len(window) == settings.warm_window and max(window) <= min(window) * (1 + settings.steady)
+        if steady or clock.now_ns() - started > settings.warm_budget_s * 1e9:
+            break
+    for index in range(1, inputs):
+        run(index)
+    return max(settings.min_runs, round(settings.turn_ms * 1e6 / max(min(medians), 1)))
+
+
+def _order(names: list[str], round_number: int) -> Sequence[str]:
+    """Rotated by one each round, and every second round backwards: nobody always follows the same neighbour."""
+    shift = round_number % len(names)
+    rotated = names[shift:] + names[:shift]
+    return rotated[::-1] if round_number % 2 else rotated
+
+
+def _turn(run: Run, track: _Track, index: int, priority: Priority, clock: Clock) -> tuple[int, int]:
+    """One turn; returns its wall and CPU time in ns."""
+    clean: list[int] = []
+    every: list[int] = []
+    gc_was_on = gc.isenabled()
+    gc.disable()
+    try:
+        with real_time(priority):
+            run(index)  # untimed: brings the model back into the caches
+            wall, cpu = clock.now_ns(), clock.cpu_ns()
+            for _ in range(track.count):
+                lost = clock.preemptions()
+                before = clock.now_ns()
+                run(index)
+                taken = clock.now_ns() - before
+                every.append(taken)
+                if clock.preemptions() == lost:
+                    clean.append(taken)
+            wall, cpu = clock.now_ns() - wall, clock.cpu_ns() - cpu
+    finally:
+        if gc_was_on:
+            gc.enable()
+    track.levels.append(float(median(clean)) if clean else float(min(every)))
+    track.clean += clean
+    track.every += every
+    return wall, cpu
+
+
+def _enough(tracks: Mapping[str, _Track], reference: str, inputs: int, seconds: float, settings: Settings) -> bool:
+    base = tracks[reference]
+    done = len(base.levels)
+    if seconds > settings.budget_s:
+        return done > 5  # what an order statistic needs at least
+    if done >= settings.max_rounds:
+        return True
+    if done < settings.min_rounds or done % inputs:
+        return False
+    if len(tracks) == 1:
+        return relative_half_width(base.levels) <= settings.precision
+    others = [track for track in tracks.values() if track is not base]
+    return all(relative_half_width(_ratios(base, track)) <= settings.precision for track in others)
+
+
+def _ratios(reference: _Track, track: _Track) -> list[float]:
+    return [base / max(own, 1) for base, own in zip(reference.levels, track.levels, strict=True)]
+
+
+def _timing(track: _Track, reference: _Track) -> Timing:
+    clean = [value / 1e6 for value in track.clean or track.every]
+    levels = [value / 1e6 for value in track.levels]
+    ratios = _ratios(reference, track)
+    low, high = median_interval(levels)
+    ratio_low, ratio_high = median_interval(ratios)
+    p90, p95, p99 = percentiles(clean, (90, 95, 99))
+    return Timing(
+        p50_ms=median(levels),
+        p90_ms=p90,
+        p95_ms=p95,
+        p99_ms=p99,
+        mean_ms=sum(clean) / len(clean),
+        ci95_low_ms=low,
+        ci95_high_ms=high,
+        rounds=len(levels),
+        samples=len(clean),
+        preempted_share=1 - len(track.clean) / len(track.every),
+        p99_all_ms=percentiles([value / 1e6 for value in track.every], (99,))[0],
+        ratio=median(ratios),
+        ratio_low=ratio_low,
+        ratio_high=ratio_high,
+    )
