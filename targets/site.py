@@ -51,7 +51,8 @@ def find_site(profile: HardwareProfile, backend: TargetBackend, ready: Ready) ->
         return _stand_in(ready)
     key = _key(backend, ready)
     if profile.here == "this-machine" or ready.device == profile.compute.processor:
-        why = "" if ready.runs is Origin.MEASURED else f"{ready.device} is a simulator: its speed says nothing"
+        simulator = f"{backend.name} is a simulator: its speed says nothing about a device"
+        why = "" if ready.runs is Origin.MEASURED else simulator
         state = State.PROXY if why else State.EXECUTED
         return Site(backend, profile, ready.device, ready.runs, state, False, why, key)
     why = f"no {profile.name} attached; measure there with the profile `this-machine`"

@@ -32,13 +32,14 @@ class NumpyReference(TargetBackend):
     summary: ClassVar[str] = "ONNX's reference evaluator in numpy: exact, slow; for checks and as a template"
 
     def probe(self) -> Ready | Missing:
+        """Its answers are those of a simulator of the standard; its speed says nothing about any device."""
         try:
             import numpy
             import onnx
         except ImportError as error:
             return Missing(reason=f"{error.name or 'onnx'} is not installed", hint="pip install onnx numpy")
         versions = {"onnx": onnx.__version__, "numpy": numpy.__version__}
-        return Ready(device=f"{detect().processor} (numpy)", versions=versions, runs=Origin.MEASURED)
+        return Ready(device=f"numpy on {detect().processor}", versions=versions, runs=Origin.SIMULATED)
 
     def check(self, artifact: Artifact, profile: HardwareProfile) -> tuple[str, ...]:
         with sdk_errors(CompileError, f"read `{artifact.name}`", hint="Is the file a valid ONNX model?"):
@@ -65,7 +66,8 @@ class NumpyReference(TargetBackend):
         from onnx.reference import ReferenceEvaluator
 
         with sdk_errors(RunError, f"load `{compiled.path.name}` in the reference evaluator"):
-            evaluator = ReferenceEvaluator(str(compiled.path))
+            model = _load(compiled.path)
+            evaluator = ReferenceEvaluator(model, new_ops=_bridges(model))
         yield ReferenceSession(evaluator)
 
 
@@ -87,6 +89,24 @@ def _load(path: Path) -> Any:
     return onnx.load(str(path), load_external_data=False)
 
 
+def _bridges(model: Any) -> list[type]:
+    """Opsets 10 to 18 define DequantizeLinear as later ones do for integers, but the evaluator has it from 19 on only.
+
+    The newest class is taken, because the evaluator hands it the attributes of the newest schema.
+    """
+    from onnx.reference.ops import op_dequantize_linear as module
+
+    if not 10 <= _standard_opset(model) < 19:
+        return []
+    names = [name for name in vars(module) if name.startswith("DequantizeLinear_")]
+    newest = getattr(module, max(names, key=lambda name: int(name.rpartition("_")[2])))
+    return [type("DequantizeLinear", (newest,), {"op_domain": ""})]
+
+
+def _standard_opset(model: Any) -> int:
+    return next((int(opset.version) for opset in model.opset_import if not opset.domain), 0)
+
+
 def _refused(model: Any, profile: HardwareProfile) -> Iterator[str]:
     """Too many nodes, weights in other files, operators without a reference implementation."""
     from onnx.reference.ops import load_op
@@ -97,9 +117,10 @@ def _refused(model: Any, profile: HardwareProfile) -> Iterator[str]:
     if any(tensor.external_data for tensor in model.graph.initializer):
         yield "weights in external files: the reference evaluator takes one file"
     versions = {opset.domain: opset.version for opset in model.opset_import}
-    functions = {(function.domain, function.name) for function in model.functions}
+    known = {(function.domain, function.name) for function in model.functions}
+    known |= {("", operator.__name__) for operator in _bridges(model)}
     for node in model.graph.node:
-        if (node.domain, node.op_type) in functions:
+        if (node.domain, node.op_type) in known:
             continue
         try:
             load_op(node.domain, node.op_type, versions.get(node.domain))
