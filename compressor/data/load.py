@@ -1,0 +1,204 @@
+"""From raw samples to disjoint, fingerprinted, preprocessed parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from compressor.data.arrays import ArraySplit, ArrayStore, array_store
+from compressor.data.contamination import check_duplicates
+from compressor.data.images import ImageSplit, PictureStore, picture_store
+from compressor.data.labels import encode_labels
+from compressor.data.raw import RawData, RawPart
+from compressor.data.read import read_raw
+from compressor.data.split import split_indices
+from compressor.data.text import TextSplit, TokenStore, token_store
+from compressor.data.types import DataBundle, Split
+from compressor.errors import PlanError, Problem
+from compressor.models.types import ImageInput, LoadedModel
+from compressor.recipe import DataConfig
+from compressor.types import Array, Inputs, array_digest
+
+CLASSIFICATION = ("image-classification", "text-classification")
+
+Store = PictureStore | TokenStore | ArrayStore
+Rows = Mapping[str, tuple[str, Array]]  # part -> raw part it is taken from, positions in it
+
+
+def load_data(
+    config: DataConfig, model: LoadedModel, *, loader: str | None = None, seed: int, raw: RawData | None = None
+) -> DataBundle:
+    """Read, cut, check and preprocess the data for one model.
+
+    ``raw`` (from :func:`read_raw`) saves reading twice when the model needed a sample of the data first. Raises
+    :class:`ConfigError` for sources that cannot be read, :class:`PlanError` for labels that do not fit the teacher's
+    head, empty parts, inputs of another shape than the model's, and test samples in train.
+    """
+    raw = raw or read_raw(config, loader=loader)
+    rows = cut_rows(raw, config, seed)
+    labels, notes = _labels(raw, config, model)
+    keys = {name: raw.parts[name].digests(normalised=True) for name in raw.parts}
+    clean = check_duplicates(
+        {name: keys[home][index] for name, (home, index) in rows.items()},
+        config.duplicates,
+        lambda name, row: raw.parts[rows[name][0]].show(int(rows[name][1][row])),
+    )
+    kept = {name: (home, index[clean.keep[name]]) for name, (home, index) in rows.items()}
+    _refuse_empty(kept)
+    stores = {name: _store(part, model) for name, part in raw.parts.items()}
+    exact = {name: part.digests() if part.kind == "texts" else keys[name] for name, part in raw.parts.items()}
+    splits = {
+        name: _split(name, stores[home], index, labels[home] if name != "transfer" else None, exact[home], model)
+        for name, (home, index) in kept.items()
+    }
+    _check_shapes(splits, model)
+    return DataBundle(
+        splits=splits,
+        labels=config.labels or model.labels or raw.names,
+        source=raw.source,
+        digests={name: _fingerprint(split) for name, split in splits.items()},
+        duplicates_dropped=clean.dropped,
+        notes=(*raw.notes, *notes, *clean.notes, *_truncation(stores)),
+    )
+
+
+def cut_rows(raw: RawData, config: DataConfig, seed: int) -> Rows:
+    """Which raw samples each part takes.
+
+    Parts that the source has are taken whole. A missing ``test`` is drawn first, then ``validation`` and
+    ``calibration`` are drawn from what is left of train, each by ``split_indices`` with ``seed``.
+    """
+    rows = {name: (name, np.arange(len(part))) for name, part in raw.parts.items() if name != "train"}
+    base = np.arange(len(raw.parts["train"]))
+    if "test" not in rows:
+        drawn = _draw(len(base), {"test": _count(config.test_fraction, len(base))}, seed)
+        rows["test"] = ("train", base[drawn["test"]])
+        base = base[drawn["train"]]
+    wanted = {"validation": config.validation, "calibration": config.calibration}
+    sizes = {name: _count(size, len(base)) for name, size in wanted.items() if name not in rows}
+    for name, index in _draw(len(base), sizes, seed).items():
+        rows[name] = ("train", base[index])
+    rows["train"] = ("train", rows["train"][1][: config.limit])
+    return rows
+
+
+def _count(size: float, total: int) -> int:
+    """A number of samples: itself from 1 on, below that a fraction of ``total`` (at least one)."""
+    return int(size) if size >= 1 else max(1, round(size * total))
+
+
+def _draw(total: int, sizes: Mapping[str, int], seed: int) -> dict[str, Array]:
+    if sum(sizes.values()) >= total:
+        asked = " and ".join(f"{size} for {name}" for name, size in sizes.items())
+        hint = "Give more data or make `validation`, `calibration` or `test_fraction` smaller."
+        raise PlanError.single("data", f"{asked} leave nothing of {total} samples to train on", hint=hint)
+    return split_indices(total, sizes, seed=seed)
+
+
+def _labels(raw: RawData, config: DataConfig, model: LoadedModel) -> tuple[dict[str, Array | None], list[str]]:
+    """Class numbers for every raw part that has labels, and notes."""
+    classes = model.outputs[0].shape[-1] if model.task in CLASSIFICATION and model.outputs else None
+    teacher = config.labels or model.labels
+    found: dict[str, Array | None] = {}
+    notes: list[str] = []
+    for name, part in raw.parts.items():
+        if part.labels is None or name == "transfer" or _all_hidden(part.labels):
+            found[name] = None
+            continue
+        try:
+            limit = classes if isinstance(classes, int) else None
+            found[name] = encode_labels(part.labels, teacher=teacher, names=raw.names, classes=limit, part=name)
+        except PlanError:
+            if model.task in CLASSIFICATION:
+                raise
+            found[name] = None
+            notes.append(f"labels of {name} are not class numbers: left out")
+    _need_labels(found, model)
+    return found, notes
+
+
+def _all_hidden(labels: Any) -> bool:
+    """Benchmarks such as GLUE publish their test part with -1 for every label."""
+    return len(labels) > 0 and all(isinstance(label, int | np.integer) and label == -1 for label in labels)
+
+
+def _need_labels(found: Mapping[str, Array | None], model: LoadedModel) -> None:
+    home = "test" if "test" in found else "train"
+    if model.task not in CLASSIFICATION:
+        return
+    if found[home] is None:
+        raise PlanError.single(
+            "data.label",
+            f"{home} has no labels, so no accuracy can be measured",
+            hint="Give `data.label`, or name a labelled part in `data.test`.",
+        )
+    validation = "validation" if "validation" in found else "train"
+    if found[validation] is None:
+        raise PlanError.single(
+            "data.label", f"{validation} has no labels, so nothing can be chosen by validation accuracy"
+        )
+
+
+def _refuse_empty(rows: Rows) -> None:
+    empty = [name for name, (_, index) in rows.items() if len(index) == 0]
+    if empty:
+        problems = [Problem(f"data.{name}", "is empty after duplicates were dropped") for name in empty]
+        raise PlanError("the data", problems, hint="Give data whose parts do not repeat each other.")
+
+
+def _store(part: RawPart, model: LoadedModel) -> Store:
+    if part.kind == "texts":
+        return token_store(part, model)
+    if part.kind in ("pictures", "files") and isinstance(model.preprocess, ImageInput):
+        return picture_store(part, model.preprocess)
+    return array_store(part, model)
+
+
+def _split(name: str, store: Store, rows: Array, labels: Array | None, digests: Array, model: LoadedModel) -> Split:
+    own = labels[rows] if labels is not None else None
+    if isinstance(store, PictureStore):
+        return ImageSplit(name, own, digests[rows], store, rows, model.inputs[0])
+    if isinstance(store, TokenStore):
+        return TextSplit(name, own, digests[rows], store, rows)
+    return ArraySplit(name, own, digests[rows], store, rows)
+
+
+def _check_shapes(splits: Mapping[str, Split], model: LoadedModel) -> None:
+    """One sample of each part must have the shape that the model's inputs state (its first axis is the batch)."""
+    problems = []
+    for name, split in splits.items():
+        made = split.batch(np.arange(1))
+        for spec in model.inputs:
+            shape = made[spec.name].shape
+            pairs = zip(shape[1:], spec.shape[1:], strict=False)
+            if len(shape) != len(spec.shape) or any(isinstance(want, int) and have != want for have, want in pairs):
+                problems.append(
+                    Problem(f"data.{name}", f"gives {spec.name} {shape[1:]} but the model wants {spec.shape[1:]}")
+                )
+    if problems:
+        raise PlanError(
+            "the data",
+            problems,
+            hint="Set `data.preprocess` (size, channels, layout) to what the model was trained on.",
+        )
+
+
+def _fingerprint(split: Split) -> str:
+    return array_digest(split.digests, *([split.labels] if split.labels is not None else []))
+
+
+def _truncation(stores: Mapping[str, Store]) -> list[str]:
+    return [
+        f"{store.truncated} texts of {name} are longer than {store.preprocess.max_length} tokens and were cut"
+        for name, store in stores.items()
+        if isinstance(store, TokenStore) and store.truncated
+    ]
+
+
+def make_calibration(split: Split, samples: int, batch: int, seed: int) -> Iterator[Inputs]:
+    """``samples`` different samples of a part (all if it has fewer), drawn by ``seed``, in batches of model inputs."""
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(split))[:samples]
+    for start in range(0, len(order), batch):
+        yield split.batch(np.sort(order[start : start + batch]))
