@@ -1,7 +1,8 @@
 """Structure records: how a student differs from its teacher, as data.
 
-A student is stored as ``record.json`` (these steps) and ``student.safetensors`` (its weights). To load it, the steps are
-replayed on a copy of the teacher's module and the weights are loaded strictly, so no class, code or pickle is stored.
+A student is stored as ``record.json`` (these steps) and ``student.safetensors`` (its weights). To load it, the steps
+are replayed on a copy of the teacher's module and the weights are loaded strictly, so no class, code or pickle is
+stored.
 
 Steps:
 
@@ -79,7 +80,9 @@ def ranges_of(indices: Iterable[int]) -> list[list[int]]:
 
 def indices_of(ranges: Sequence[Sequence[int]]) -> Tensor:
     """The inverse of :func:`ranges_of`, int64."""
-    return torch.cat([torch.arange(start, end) for start, end in ranges]) if ranges else torch.empty(0, dtype=torch.long)
+    return (
+        torch.cat([torch.arange(start, end) for start, end in ranges]) if ranges else torch.empty(0, dtype=torch.long)
+    )
 
 
 def _cut(module: nn.Module, name: str, axis: int, keep: Tensor, touched: set[str]) -> None:
@@ -128,7 +131,7 @@ def _is_count(value: Any) -> bool:
 
 def sync_sizes(module: nn.Module) -> None:
     """Make the size attributes of a standard layer agree with its tensors."""
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
         _sync_convolution(module, weight)
     elif isinstance(module, nn.modules.batchnorm._NormBase):
@@ -165,7 +168,10 @@ def _sync_convolution(module: nn.modules.conv._ConvNd, weight: Tensor) -> None:
 
 
 def save_student(folder: Path, module: nn.Module, record: Record) -> None:
-    """Write ``record.json`` and ``student.safetensors``. Same weights give the same bytes; tied weights are stored once."""
+    """Write ``record.json`` and ``student.safetensors``.
+
+    Same weights give the same bytes; tied weights are stored once.
+    """
     from safetensors.torch import save
 
     state = module.state_dict()

@@ -1,0 +1,218 @@
+"""Students made from their teacher: fewer layers, a narrower hidden width, or the same network narrower and untrained.
+
+Copying every second layer is what DistilBERT did (layers 0, 2, 4, 7, 9, 11 of 12; methods F2) and a robust start for
+any transformer (methods N3); slicing the hidden width by activation is Minitron's (methods U1).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from compressor.errors import PlanError, Problem
+from compressor.recipe import StudentStage
+from compressor.types import LayerFact
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from compressor.models.structure.blocks import BlockList
+    from compressor.models.structure.surgery import Cut
+    from compressor.models.structure.units import Group
+
+Batch = Mapping[str, "Tensor"]
+STAGE = "student"
+
+
+@dataclass(frozen=True)
+class Made:
+    """A student, in evaluation mode, and the steps that make it from its teacher."""
+
+    module: nn.Module
+    record: list[dict[str, Any]]
+    facts: tuple[LayerFact, ...]
+    parameters_before: int
+    parameters_after: int
+
+
+def check(module: nn.Module, example: Batch, config: StudentStage) -> list[Problem]:
+    """Everything that keeps ``config`` from being carried out on ``module``; empty when it can be."""
+    from compressor.models.structure.units import find_groups
+
+    problems = _layer_problems(module, example, config)
+    if config.hidden_size is None and config.width is None:
+        return problems
+    groups = find_groups(module, example)
+    if config.hidden_size is not None:
+        problems += _hidden_problems(groups, config.hidden_size)
+    if config.width is not None and not _scalable(groups):
+        problems.append(Problem("width", "matches nothing: the model has no convolution whose channels could go"))
+    return problems
+
+
+def make_student(
+    module: nn.Module,
+    config: StudentStage,
+    example: Batch,
+    *,
+    seed: int,
+    calibration: Iterable[Batch] | None = None,
+) -> Made:
+    """Make a student as ``config`` asks; ``module`` is not touched.
+
+    ``example`` and ``calibration`` hold inputs by name, batch first. The hidden width keeps the units of highest
+    activation on ``calibration``, or of highest weight norm without it. ``width`` gives new weights, drawn from
+    ``seed``.
+
+    Raises :class:`PlanError` for what :func:`check` finds.
+    """
+    from compressor.models.cost import count_parameters
+
+    problems = check(module, example, config)
+    if problems:
+        raise PlanError("the student stage", problems)
+    student, record, facts = _keep_layers(module, example, config.keep_layers)
+    if config.hidden_size is not None:
+        batches = calibration if calibration is None or not hasattr(calibration, "__next__") else list(calibration)
+        student, steps, rows = _narrow(student, config.hidden_size, example, batches)
+        record, facts = record + steps, facts + rows
+    if config.width is not None:
+        student, steps, rows = _scale(student, config.width, example, seed)
+        record, facts = record + steps, facts + rows
+    return Made(student.eval(), record, tuple(facts), count_parameters(module), count_parameters(student))
+
+
+def _layer_problems(module: nn.Module, example: Batch, config: StudentStage) -> list[Problem]:
+    if config.keep_layers is None:
+        return []
+    blocks = _longest(module, example)
+    if blocks is None:
+        return [Problem("keep_layers", "matches nothing: the model has no list of blocks of equal shape")]
+    keep = config.keep_layers
+    if isinstance(keep, int):
+        wrong = not 1 <= keep <= blocks.count
+    else:
+        wrong = not keep or list(keep) != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= blocks.count
+    if wrong:
+        what = f"`{blocks.container}` has {blocks.count} layers; give how many to keep, or ascending indices from 0"
+        return [Problem("keep_layers", what)]
+    return []
+
+
+def _longest(module: nn.Module, example: Batch) -> BlockList | None:
+    from compressor.models.structure.blocks import find_block_lists
+
+    return max(find_block_lists(module, example), key=lambda blocks: blocks.count, default=None)
+
+
+def _keep_layers(
+    module: nn.Module, example: Batch, keep: tuple[int, ...] | int | None
+) -> tuple[nn.Module, list[dict[str, Any]], list[LayerFact]]:
+    """A copy with some layers of the longest list of blocks."""
+    from compressor.models.rebuild import apply
+    from compressor.models.structure.blocks import drop_steps, spread_evenly
+
+    student = copy.deepcopy(module)
+    blocks = _longest(module, example) if keep is not None else None
+    if keep is None or blocks is None:
+        return student, [], []
+    kept = spread_evenly(blocks.count, keep) if isinstance(keep, int) else keep
+    record = drop_steps(student, blocks.container, kept)
+    apply(student, record)
+    facts = [
+        LayerFact(STAGE, f"{blocks.container}.{i}", "copied", f"layer {i}", f"layer {kept.index(i)}")
+        if i in kept
+        else LayerFact(STAGE, f"{blocks.container}.{i}", "dropped", f"layer {i}", "", "not in keep_layers")
+        for i in range(blocks.count)
+    ]
+    return student, record, facts
+
+
+def _hidden_groups(groups: Sequence[Group]) -> list[Group]:
+    """Groups of the model's hidden width: those that a layer norm spans, the widest of them."""
+    hidden = [group for group in groups if group.soft]
+    widest = max((group.units for group in hidden), default=0)
+    return [group for group in hidden if group.units == widest]
+
+
+def _hidden_problems(groups: Sequence[Group], size: int) -> list[Problem]:
+    hidden = _hidden_groups(groups)
+    if not hidden:
+        return [Problem("hidden_size", "matches nothing: no width of the model is normalised by a layer norm")]
+    fixed = sorted({reason for group in hidden for reason in group.hard})
+    if fixed:
+        return [Problem("hidden_size", f"`{hidden[0].name}` must keep its width: it {'; it '.join(fixed)}")]
+    if size > hidden[0].units:
+        return [Problem("hidden_size", f"{size} is more than the teacher's {hidden[0].units}")]
+    return []
+
+
+def _narrow(
+    student: nn.Module, size: int, example: Batch, calibration: Iterable[Batch] | None
+) -> tuple[nn.Module, list[dict[str, Any]], list[LayerFact]]:
+    import numpy as np
+
+    from compressor.models.structure.scores import Method, score
+    from compressor.models.structure.surgery import Cut
+    from compressor.models.structure.units import find_groups
+
+    groups = _hidden_groups(find_groups(student, example))
+    method: Method = "activation" if calibration is not None else "magnitude"
+    scores = score(student, groups, method, calibration or ())
+    cuts = [
+        Cut(group, np.sort(np.argsort(-scores.units[group.name], kind="stable")[:size]).astype(np.int64))
+        for group in groups
+    ]
+    return _cut(student, cuts, example, f"hidden width by {method}")
+
+
+def _scalable(groups: Sequence[Group]) -> list[Group]:
+    """What ``width`` scales: every width that is free, in a network that has channels at all."""
+    free = [group for group in groups if not group.hard and group.kind != "heads"]
+    return free if any(group.kind == "channels" for group in free) else []
+
+
+def _scale(
+    student: nn.Module, width: float, example: Batch, seed: int
+) -> tuple[nn.Module, list[dict[str, Any]], list[LayerFact]]:
+    """The same topology with ``width`` times the channels and newly drawn weights.
+
+    Layers draw by their own ``reset_parameters``; parameters outside standard layers keep a slice of the teacher's.
+    """
+    import numpy as np
+    import torch
+
+    from compressor.models.structure.surgery import Cut
+    from compressor.models.structure.units import find_groups
+
+    groups = _scalable(find_groups(student, example))
+    cuts = [Cut(group, np.arange(max(1, round(group.units * width)), dtype=np.int64)) for group in groups]
+    student, record, facts = _cut(student, cuts, example, f"width {width:g}, new weights")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for part in student.modules():
+            reset = getattr(part, "reset_parameters", None)
+            if callable(reset):
+                reset()
+    return student, record, facts
+
+
+def _cut(
+    student: nn.Module, cuts: Sequence[Cut], example: Batch, reason: str
+) -> tuple[nn.Module, list[dict[str, Any]], list[LayerFact]]:
+    from compressor.models.structure.surgery import commit
+
+    made = commit(student, cuts, example, exact=False)
+    facts = []
+    for cut in cuts:
+        refusal = made.refused.get(cut.group.name)
+        units = cut.group.units if refusal else len(cut.keep)
+        before, after = (f"{count * cut.group.width} {cut.group.kind}" for count in (cut.group.units, units))
+        action = "kept" if before == after else "narrowed"
+        facts += [LayerFact(STAGE, name, action, before, after, refusal or reason) for name in cut.group.modules]
+    return made.module, made.record, facts
+
+
+__all__ = ["Made", "check", "make_student"]

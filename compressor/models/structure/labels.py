@@ -5,10 +5,11 @@ output (a convolution's outputs carry the labels of the rows of its weight) or s
 addition joins the labels of its two sides; a matrix product joins the columns of a weight with the channels it reads).
 Labels that belong together form one *unit*: removing it removes all its elements in all tensors at once.
 
-A value's labels are kept as a list of *layers*: integer tensors of the value's rank that have the value's size along the
-axes on which the label depends and size 1 elsewhere. A (B, T, heads * size) activation has one layer (1, 1, heads * size);
-viewed as (B, T, heads, size) the same layer becomes (1, 1, heads, size). Reshaping, splitting and transposing are thus
-done on labels by the very operation that the network applies to data. Axes of different layers of one value are disjoint.
+A value's labels are kept as a list of *layers*: integer tensors of the value's rank that have the value's size along
+the axes on which the label depends and size 1 elsewhere. A (B, T, heads * size) activation has one layer (1, 1, heads *
+size); viewed as (B, T, heads, size) the same layer becomes (1, 1, heads, size). Reshaping, splitting and transposing
+are thus done on labels by the very operation that the network applies to data. Axes of different layers of one value
+are disjoint.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ class Key:
 
 @dataclass
 class Value:
-    """Labels of one tensor. ``free`` axes were expanded from size 1: they take any size. ``param``: a weight or a view."""
+    """Labels of one tensor.
+
+    ``free`` axes were expanded from size 1: they take any size. ``param``: a weight or a view.
+    """
 
     layers: list[Tensor] = field(default_factory=list)
     free: frozenset[int] = frozenset()
@@ -158,7 +162,9 @@ class LabelSpace:
         """Note the parameter axes that ``layer`` of a weight comes from."""
         if value.param:
             wanted = np.unique(layer.numpy())
-            kind.update(key for key, first, count in self.owners if ((wanted >= first) & (wanted < first + count)).any())
+            kind.update(
+                key for key, first, count in self.owners if ((wanted >= first) & (wanted < first + count)).any()
+            )
 
     def settle_grids(self) -> None:
         """An axis viewed as a grid must stay a grid: units may vary along one of its axes only, the innermost."""

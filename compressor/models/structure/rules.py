@@ -266,7 +266,10 @@ def _table() -> dict[str, Rule]:
     for rule, names in (
         (pointwise, "_prelu_kernel hardswish hardsigmoid dropout native_dropout copy zeros_like ones_like empty_like"),
         (pointwise, "full_like rand_like randn_like masked_fill logit"),
-        (reshape, "view _unsafe_view reshape t transpose permute unsqueeze squeeze expand alias detach lift_fresh clone"),
+        (
+            reshape,
+            "view _unsafe_view reshape t transpose permute unsqueeze squeeze expand alias detach lift_fresh clone",
+        ),
         (reshape, "contiguous _to_copy repeat flip pixel_shuffle pixel_unshuffle channel_shuffle"),
         (part, "slice split split_with_sizes"),
         (pick, "select unbind index"),

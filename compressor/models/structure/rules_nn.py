@@ -280,4 +280,3 @@ NN_RULES: dict[str, Rule] = {
     "_scaled_dot_product_flash_attention": attention,
     "_scaled_dot_product_efficient_attention": attention,
 }
-

@@ -1,8 +1,8 @@
 """Run a module once and record which elements belong together.
 
-The module runs eagerly on a small example while every ATen operation is intercepted; unlike symbolic tracing this follows
-any Python control flow, needs no rewrite of the model and sees each parameter by identity, so that modules and weights
-that are used twice are one and the same.
+The module runs eagerly on a small example while every ATen operation is intercepted; unlike symbolic tracing this
+follows any Python control flow, needs no rewrite of the model and sees each parameter by identity, so that modules and
+weights that are used twice are one and the same.
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ Entries = Mapping[Key, Index]
 class Group:
     """Units of one sort that live on the same tensor axes: the channels of a convolution, the heads of a layer.
 
-    ``index[key]`` is (units, width): which positions of that axis each unit owns. ``hard`` and ``soft`` say why the group
-    cannot be cut: a hard reason never allows it, a soft one only when the network may change (a narrower student).
+    ``index[key]`` is (units, width): which positions of that axis each unit owns. ``hard`` and ``soft`` say why the
+    group cannot be cut: a hard reason never allows it, a soft one only when the network may change (a narrower
+    student).
     """
 
     name: str  # the layer that makes the units
@@ -79,6 +80,8 @@ def find_groups(module: nn.Module, example: Mapping[str, Tensor]) -> tuple[Group
             continue
         causes = _merge_reasons(hard, members), _merge_reasons(soft, members)
         kind = _kind(module, entries, bool(heads.intersection(members)), bool(causes[1]))
+        if kind == "heads" and any(_is_builtin_attention(module, key) for key in entries):
+            causes = (*causes[0], "belongs to nn.MultiheadAttention, which ties its heads to its width"), causes[1]
         consumed = tuple(key for key in entries if key in space.consumed)
         groups.append(Group(owner(produced[0].tensor), kind, entries, produced, consumed, *causes))
     return tuple(_unique_names(groups))
@@ -129,6 +132,10 @@ def _kind(module: nn.Module, entries: Entries, heads: bool, soft: bool) -> Kind:
     if any(isinstance(module.get_submodule(owner(key.tensor)), convolutional) for key in entries):
         return "channels"
     return "neurons"
+
+
+def _is_builtin_attention(module: nn.Module, key: Key) -> bool:
+    return isinstance(module.get_submodule(owner(key.tensor)), nn.MultiheadAttention)
 
 
 def _unique_names(groups: list[Group]) -> Iterable[Group]:

@@ -1,0 +1,170 @@
+"""Cutting units out: the masked twin, the record of the cut, and the committed module, checked against its twin."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from compressor.errors import StageError
+from compressor.models.rebuild import ranges_of, replay
+from compressor.models.structure.labels import Index, Key
+from compressor.models.structure.trace import evaluating, few_samples, run
+from compressor.models.structure.units import Group, owner
+
+TOLERANCE = 1e-4  # of the largest output (at least 1): committed against masked, in fp32
+FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which units of a group stay, in order."""
+
+    group: Group
+    keep: Index
+
+    @property
+    def removed(self) -> Index:
+        return np.setdiff1d(np.arange(self.group.units, dtype=np.int64), self.keep)
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A module with really smaller tensors, its masked twin, the steps that made it, and what could not be cut."""
+
+    module: nn.Module
+    masked: nn.Module
+    record: list[dict[str, Any]]
+    refused: Mapping[str, str]  # group name -> why
+
+
+def commit(module: nn.Module, cuts: Sequence[Cut], example: Mapping[str, Tensor], *, exact: bool = True) -> Committed:
+    """Cut a copy of ``module``. With ``exact`` the result must compute what the masked module computes, to 1e-4.
+
+    A group whose cut breaks the module's own code (a literal size in a ``view``, say) is left whole and named in
+    ``refused``. Raises :class:`StageError` when groups that can be cut alone cannot be cut together.
+    """
+    cuts = [cut for cut in cuts if len(cut.keep) < cut.group.units]
+    made = _attempt(module, cuts, example, exact)
+    refused: dict[str, str] = {}
+    if isinstance(made, str):
+        for cut in cuts:
+            alone = _attempt(module, [cut], example, exact)
+            if isinstance(alone, str):
+                refused[cut.group.name] = alone
+        cuts = [cut for cut in cuts if cut.group.name not in refused]
+        made = _attempt(module, cuts, example, exact)
+    if isinstance(made, str):
+        raise StageError(f"the model cannot be cut: {made}", hint="Protect the layer that the message names.")
+    return Committed(made[0], mask(module, cuts), made[1], refused)
+
+
+def _attempt(
+    module: nn.Module, cuts: Sequence[Cut], example: Mapping[str, Tensor], exact: bool
+) -> tuple[nn.Module, list[dict[str, Any]]] | str:
+    """Commit with the attributes that must change by their meaning, then with those that agree by their value."""
+    wanted = _outputs(mask(module, cuts), example) if exact else None
+    reason = ""
+    for by_value in (False, True):
+        steps = record_of(module, cuts, by_value=by_value)
+        try:
+            student = replay(module, steps)
+            found = _outputs(student, example)
+        except FORWARD_ERRORS as error:
+            reason = (
+                reason or f"its forward fails on the smaller layer ({type(error).__name__}: {error})".split("\n")[0]
+            )
+            continue
+        if wanted is None or _agree(wanted, found):
+            return student, steps
+        reason = reason or "the smaller layer does not compute what the masked one does"
+    return reason
+
+
+def _outputs(module: nn.Module, example: Mapping[str, Tensor]) -> list[Tensor]:
+    with evaluating(module):
+        output = run(module, few_samples(example))
+    output = list(output.values()) if isinstance(output, Mapping) else output
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _agree(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
+    return len(wanted) == len(found) and all(
+        a.shape == b.shape and float((a - b).abs().max()) <= TOLERANCE * max(1.0, float(a.abs().max()))
+        for a, b in zip(wanted, found, strict=True)
+    )
+
+
+def removed_positions(cuts: Iterable[Cut]) -> dict[Key, Index]:
+    """Positions that go, on each tensor axis that some cut touches."""
+    gone: dict[Key, list[Index]] = defaultdict(list)
+    for cut in cuts:
+        for key, index in cut.group.index.items():
+            gone[key].append(index[cut.removed].reshape(-1))
+    return {key: np.unique(np.concatenate(parts)) for key, parts in gone.items()}
+
+
+def mask(module: nn.Module, cuts: Sequence[Cut]) -> nn.Module:
+    """A copy of ``module`` with all its sizes, in which every element of the removed units is zero."""
+    masked = copy.deepcopy(module)
+    with torch.no_grad():
+        for key, gone in removed_positions(cuts).items():
+            _tensor(masked, key.tensor).index_fill_(key.axis, torch.from_numpy(gone), 0.0)
+    return masked
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    path, _, local = name.rpartition(".")
+    return getattr(module.get_submodule(path), local)  # type: ignore[no-any-return]
+
+
+def record_of(module: nn.Module, cuts: Sequence[Cut], *, by_value: bool = False) -> list[dict[str, Any]]:
+    """The steps for :func:`compressor.models.rebuild.replay`."""
+    steps: list[dict[str, Any]] = []
+    for key, gone in removed_positions(cuts).items():
+        size = _tensor(module, key.tensor).shape[key.axis]
+        kept = np.setdiff1d(np.arange(size), gone)
+        steps.append({"op": "cut", "tensor": key.tensor, "axis": key.axis, "keep": ranges_of(kept.tolist())})
+    changed: dict[tuple[str, str], Any] = {}
+    for cut in cuts:
+        for holder in _holders(cut.group):
+            for attribute, value in list(vars(module.get_submodule(holder)).items()):
+                new = _new_value(cut, attribute, value, by_value)
+                if new is not None:
+                    changed[(holder, attribute)] = new
+    return steps + [
+        {"op": "set", "module": holder, "attribute": attribute, "value": value}
+        for (holder, attribute), value in changed.items()
+    ]
+
+
+def _holders(group: Group) -> list[str]:
+    """Modules whose code may read the group's size: the parents of its layers."""
+    return sorted({owner(owner(key.tensor)) for key in group.index})
+
+
+def _new_value(cut: Cut, attribute: str, value: Any, by_value: bool) -> Any:
+    """What a size attribute becomes, or None when it is not one of this group's sizes."""
+    old = {int(index.size): len(cut.keep) * index.shape[1] for index in cut.group.index.values()}
+    if isinstance(value, list | tuple) and by_value and any(_is_size(item, old) for item in value):
+        return [old.get(item, item) if _is_size(item, old) else item for item in value]
+    if isinstance(value, bool) or not isinstance(value, int):
+        return None
+    name = attribute.lower()
+    if value in old and (by_value or (cut.group.kind == "heads" and "head" in name)):
+        return old[value]
+    counts = cut.group.kind == "heads" and "head" in name and "dim" not in name and "size" not in name
+    if counts and value % cut.group.units == 0:
+        return value // cut.group.units * len(cut.keep)
+    return None
+
+
+def _is_size(item: Any, sizes: Mapping[int, int]) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool) and item in sizes

@@ -1,0 +1,51 @@
+"""What pruning did to each layer, and why it left the others alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from compressor.models.structure.scores import Scores
+from compressor.models.structure.surgery import Cut
+from compressor.models.structure.units import Group
+from compressor.prune.choose import protected_by, ratio_for
+from compressor.recipe import PruneStage
+from compressor.types import LayerFact
+
+STAGE = "prune"
+
+
+def size_of(group: Group, units: int) -> str:
+    """``48 channels``; heads are counted whole, everything else by rows."""
+    return f"{units if group.kind == 'heads' else units * group.width} {group.kind}"
+
+
+def group_facts(
+    groups: Sequence[Group], cuts: Sequence[Cut], refused: Mapping[str, str], scores: Scores, config: PruneStage
+) -> list[LayerFact]:
+    """One row for each layer that makes units."""
+    by_name = {cut.group.name: cut for cut in cuts}
+    facts = []
+    for group in groups:
+        cut = by_name.get(group.name)
+        before = size_of(group, group.units)
+        if cut is not None and group.name not in refused:
+            after, action = size_of(group, len(cut.keep)), "pruned"
+            method = scores.notes.get(group.name, scores.method)
+            reason = f"importance: {method}; {config.scope} ratio {ratio_for(config, group.kind):g}"
+        else:
+            after, action = before, "kept"
+            reason = refused.get(group.name) or why_kept(group, config)
+        facts += [LayerFact(STAGE, module, action, before, after, reason) for module in group.modules]
+    return facts
+
+
+def why_kept(group: Group, config: PruneStage) -> str:
+    """The reason a group was not cut, in the order a user would ask."""
+    pattern = protected_by(group, config.protect)
+    if pattern is not None:
+        return f"protected by `{pattern}`"
+    if group.hard or group.soft:
+        return "; ".join((*group.hard, *group.soft))
+    if not ratio_for(config, group.kind):
+        return f"no ratio was asked for {group.kind}"
+    return "rounding to the device's multiple leaves it whole"
