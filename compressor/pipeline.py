@@ -58,7 +58,14 @@ class Pipeline:
     """Carries one recipe through its stages. All results live in the ledger."""
 
     def __init__(
-        self, recipe: Recipe, model: LoadedModel, data: DataBundle, ledger: Ledger, *, round_to: int, on_event: Event = ignore_event
+        self,
+        recipe: Recipe,
+        model: LoadedModel,
+        data: DataBundle,
+        ledger: Ledger,
+        *,
+        round_to: int,
+        on_event: Event = ignore_event,
     ) -> None:
         self.recipe = recipe
         self.model = model
@@ -123,7 +130,7 @@ class Pipeline:
             "calibration": self.data.digests["calibration"],
             "round_to": self.round_to,
             "seed": self.recipe.seed,
-            "code": code_digest("prune", "students", "models/rebuild", "models/cost"),
+            "code": code_digest("prune", "students", "models/rebuild", "models/cost", "models/structure"),
         }
         result = self.ledger.stage(stage.kind, key, lambda folder: self._cut(line, stage, folder))
         record = json.loads((result.folder / "record.json").read_text())
@@ -138,7 +145,12 @@ class Pipeline:
                 from compressor.prune import prune
 
                 done = prune(
-                    module, example, stage, self._calibration_tensors(512), round_to=self.round_to, seed=self.recipe.seed
+                    module,
+                    example,
+                    stage,
+                    self._calibration_tensors(512),
+                    round_to=self.round_to,
+                    seed=self.recipe.seed,
                 )
                 metrics = {
                     "parameters_before": done.parameters_before,
@@ -181,7 +193,7 @@ class Pipeline:
     def _train(self, line: Line, stage: DistilStage, folder: Path, *, labels_only: bool) -> StageOutput:
         from copy import deepcopy
 
-        from compressor.distil import distil
+        from compressor.distil.loop import distil
         from compressor.models.rebuild import save_student
 
         student = deepcopy(line.load())
@@ -202,13 +214,18 @@ class Pipeline:
             on_event=self.on_event,
         )
         save_student(folder, student.eval(), line.record)
-        metrics = {
-            "best_epoch": result.best_epoch,
-            "validation": round(float(result.history[result.best_epoch - 1]["validation"]), 6),
+        best = result.history[result.best_epoch]
+        metrics: dict[str, float | int | str] = {
+            "best_epoch": result.best_epoch + 1,
+            "epochs": len(result.history),
+            "steps": result.steps,
             "teacher_forwards": result.teacher_forwards,
-            "epochs": stage.epochs,
+            "precision": result.precision,
         }
-        (folder / "history.json").write_text(json.dumps([dict(epoch) for epoch in result.history], indent=1))
+        if best.score is not None:
+            metrics["validation"] = round(best.score, 6)
+        history = [{**vars(epoch), "terms": dict(epoch.terms)} for epoch in result.history]
+        (folder / "history.json").write_text(json.dumps(history, indent=1))
         return StageOutput(metrics)
 
     def _validation_score(self, module: nn.Module) -> float:
@@ -229,7 +246,7 @@ class Pipeline:
     # ---------------------------------------------------------------- export
 
     def _onnx_teacher(self, path: Path) -> Artifact:
-        from compressor.export.facts import describe
+        from compressor.models.onnx_facts import describe
 
         return Artifact(
             "teacher/fp32", "teacher", path, Format.ONNX, "fp32", self.model.inputs, self.model.outputs,
@@ -242,7 +259,7 @@ class Pipeline:
             "role": line.role,
             "inputs": [vars(spec) for spec in self.model.inputs],
             "samples": self.data.digests["validation"],
-            "code": code_digest("export"),
+            "code": code_digest("export", "models/onnx_graph", "models/onnx_facts"),
             "torch": _version("torch"),
         }
         result = self.ledger.stage(f"export-{line.role}", key, lambda folder: self._export_to(line, folder))
@@ -257,7 +274,7 @@ class Pipeline:
 
     def _export_to(self, line: Line, folder: Path) -> StageOutput:
         from compressor.export import export_onnx, optimise, verify
-        from compressor.export.facts import describe
+        from compressor.models.onnx_facts import describe
 
         module = line.load().eval()
         scratch = folder / "scratch"
@@ -270,8 +287,7 @@ class Pipeline:
         )  # fmt: skip
         facts = optimise(raw, folder / MODEL_FILE)
         run = self._runner(module)
-        rows = verify(run, folder / MODEL_FILE, self._parity_batches(), tolerance=1e-4)
-        rows = tuple(replace(row, artifact=f"{line.role}/fp32") for row in rows)
+        rows = verify(run, folder / MODEL_FILE, self._parity_batches(), artifact=f"{line.role}/fp32")
         (folder / "parity.json").write_text(json.dumps([vars(row) for row in rows], indent=1))
         for row in rows:
             if not row.passed:
@@ -281,7 +297,9 @@ class Pipeline:
                     hint="The exporter or an optimisation changed the numbers; please report this model.",
                 )
         described = describe(folder / MODEL_FILE)
-        return StageOutput({"parameters": described.parameters, "macs": described.macs or 0, "worst": rows[0].worst}, facts)
+        return StageOutput(
+            {"parameters": described.parameters, "macs": described.macs or 0, "worst": rows[0].worst}, facts
+        )
 
     # ---------------------------------------------------------------- quantization, per profile
 
@@ -291,7 +309,7 @@ class Pipeline:
 
     def variants(self, student: Artifact, profile: HardwareProfile) -> tuple[tuple[Artifact, ...], Mapping[str, str]]:
         """The int8 candidates of a profile, quantized once for all profiles with the same rules, and what was not made."""
-        from compressor.export.facts import describe
+        from compressor.models.onnx_facts import describe
         from compressor.quantize import variants
 
         stage = self.quantize_stage
@@ -307,14 +325,16 @@ class Pipeline:
                 failed[variant.name] = str(error)
         return tuple(made), failed
 
-    def _quantized(self, student: Artifact, variant: Variant, stage: QuantizeStage, rules: QuantizationRules) -> Artifact:
+    def _quantized(
+        self, student: Artifact, variant: Variant, stage: QuantizeStage, rules: QuantizationRules
+    ) -> Artifact:
         key = {
             "source": student.digest,
             "variant": {name: value for name, value in vars(variant).items()},
             "rules": rules.model_dump(mode="json"),
             "calibration": self.data.digests["calibration"],
             "samples": stage.samples,
-            "code": code_digest("quantize"),
+            "code": code_digest("quantize", "models/onnx_graph", "models/onnx_facts"),
             "versions": [_version("onnxruntime"), _version("nncf")],
         }
         result = self.ledger.stage(
@@ -339,7 +359,8 @@ class Pipeline:
             for position in index:
                 yield split.batch(index[position : position + 1])
 
-        made = quantize(student, variant, rules, calibration, folder / MODEL_FILE)
+        ranges = self.ledger.cache / "ranges"
+        made = quantize(student, variant, rules, calibration, folder / MODEL_FILE, cache=ranges)
         (folder / "scheme.json").write_text(json.dumps({**made.scheme, "precision": made.precision}, indent=1))
         return StageOutput({"bytes": made.file_bytes}, made.facts)
 

@@ -23,12 +23,19 @@ app.add_typer(methods_app, name="methods")
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the store, the runs and the packages.")]
 Model = Annotated[
-    str | None, typer.Option("--model", help="Checkpoint folder, hub id, model.onnx, or pkg.mod:factory (your own code).")
+    str | None,
+    typer.Option("--model", help="Checkpoint folder, hub id, model.onnx, or pkg.mod:factory (your own code)."),
 ]
-Data = Annotated[str | None, typer.Option("--data", help="Folder, csv/json/parquet/npz file, hub id, or pkg.mod:loader.")]
+Data = Annotated[
+    str | None, typer.Option("--data", help="Folder, csv/json/parquet/npz file, hub id, or pkg.mod:loader.")
+]
 Profiles = Annotated[list[str] | None, typer.Option("--profile", help="Device profile; may be given several times.")]
-MaxDrop = Annotated[str | None, typer.Option("--max-drop", help="Accepted loss of accuracy against the teacher, e.g. 1%.")]
-Task = Annotated[str | None, typer.Option("--task", help="image-classification, text-classification, sentence-embedding.")]
+MaxDrop = Annotated[
+    str | None, typer.Option("--max-drop", help="Accepted loss of accuracy against the teacher, e.g. 1%.")
+]
+Task = Annotated[
+    str | None, typer.Option("--task", help="image-classification, text-classification, sentence-embedding.")
+]
 RecipeFile = Annotated[Path | None, typer.Argument(help="Recipe file (TOML). Left out: --model, --data, --profile.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that a hub model brings.")]
 
@@ -128,7 +135,8 @@ def methods_show(name: Annotated[str, typer.Argument(help="Objective, e.g. kd.")
 
 @app.command()
 def report(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder (build/runs/<digest>).")], json: Json = False
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder (build/runs/<digest>).")],
+    json: Json = False,
 ) -> None:
     """Print a run's table and write its report files again from report.json."""
     from compressor.cli.report import report_command

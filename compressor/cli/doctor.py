@@ -40,7 +40,13 @@ def doctor_command(*, as_json: bool) -> int:
     facts({name: found or "not installed" for name, found in train.items()})
     print("\ntargets")
     for name, view in views.items():
-        state = f"ready, figures are {view.runs}" if view.runs else "ready to compile, cannot run here" if view.ready else "missing"
+        state = (
+            f"ready, figures are {view.runs}"
+            if view.runs
+            else "ready to compile, cannot run here"
+            if view.ready
+            else "missing"
+        )
         print(f"  {name}: {state}" + (f" ({view.reason})" if view.reason else ""))
     print("\nto do" if hints else "\nnothing is missing")
     for hint in hints:

@@ -27,10 +27,21 @@ def profile_command(model: Path, names: Sequence[str], *, as_json: bool) -> int:
         stdout_json([{**item, "latency": _plain(item["latency"]), "memory": _plain(item["memory"])} for item in found])
         return code
     rows = [
-        [item["profile"], _text(item["latency"]), _detail(item["latency"]), _text(item["memory"]), item["coverage"], item["note"]]
+        [
+            item["profile"],
+            _text(item["latency"]),
+            _detail(item["latency"]),
+            _text(item["memory"]),
+            item["coverage"],
+            item["note"],
+        ]
         for item in found
     ]
-    table(["profile", "p50", "p90 / p95 / p99", "peak memory", "int8 kernels", "note"], rows, f"{model} ({model.stat().st_size / 2**20:.2f} MiB)")
+    table(
+        ["profile", "p50", "p90 / p95 / p99", "peak memory", "int8 kernels", "note"],
+        rows,
+        f"{model} ({model.stat().st_size / 2**20:.2f} MiB)",
+    )
     return code
 
 
@@ -41,7 +52,15 @@ def artifact_of(path: Path) -> Artifact:
 
     loaded = load_model(TeacherConfig(model=str(path), task="generic"))
     return Artifact(
-        path.stem, "student", path, Format.ONNX, "as given", loaded.inputs, loaded.outputs, file_digest(path), parameters=0
+        path.stem,
+        "student",
+        path,
+        Format.ONNX,
+        "as given",
+        loaded.inputs,
+        loaded.outputs,
+        file_digest(path),
+        parameters=0,
     )
 
 
@@ -51,7 +70,13 @@ def measure_profile(artifact: Artifact, profile: HardwareProfile) -> dict[str, A
     from targets.registry import get
 
     backend = get(profile.target)
-    result: dict[str, Any] = {"profile": profile.name, "target": profile.target, "coverage": "-", "note": "", "missing": ""}
+    result: dict[str, Any] = {
+        "profile": profile.name,
+        "target": profile.target,
+        "coverage": "-",
+        "note": "",
+        "missing": "",
+    }
     state = backend.probe()
     if isinstance(state, Missing):
         gone = Unavailable(state.reason, state.hint)
@@ -73,7 +98,9 @@ def _figures(backend: Any, compiled: Any, profile: HardwareProfile, state: Any) 
         gone = Unavailable(state.why_not or "compiled, cannot run here")
         return gone, gone
     if profile.here != "this-machine":
-        gone = Unavailable(f"no {profile.name} is attached to this machine", "Profile it with `--profile this-machine` there.")
+        gone = Unavailable(
+            f"no {profile.name} is attached to this machine", "Profile it with `--profile this-machine` there."
+        )
         return gone, gone
     from targets.measure import measure
     from targets.memory import peak_memory
@@ -99,7 +126,8 @@ def random_inputs(specs: Sequence[TensorSpec], profile: HardwareProfile, seed: i
     made: dict[str, Array] = {}
     for spec in specs:
         shape = [
-            size if isinstance(size, int) else profile.runtime.batch if axis == 0 else length for axis, size in enumerate(spec.shape)
+            size if isinstance(size, int) else profile.runtime.batch if axis == 0 else length
+            for axis, size in enumerate(spec.shape)
         ]
         if np.dtype(spec.dtype).kind == "f":
             made[spec.name] = generator.standard_normal(shape).astype(spec.dtype)
@@ -127,4 +155,10 @@ def _detail(figure: Figure) -> str:
 def _plain(figure: Figure) -> dict[str, Any]:
     if isinstance(figure, Unavailable):
         return {"unavailable": figure.reason, "hint": figure.hint}
-    return {"value": figure.value, "unit": figure.unit, "origin": figure.origin.value, "device": figure.device, **figure.detail}
+    return {
+        "value": figure.value,
+        "unit": figure.unit,
+        "origin": figure.origin.value,
+        "device": figure.device,
+        **figure.detail,
+    }

@@ -17,7 +17,13 @@ def targets_command(*, as_json: bool) -> int:
         return 0
     rows = []
     for name, view in views.items():
-        can = "missing" if not view.ready else f"compiles and runs ({view.runs})" if view.runs else "compiles, does not run here"
+        can = (
+            "missing"
+            if not view.ready
+            else f"compiles and runs ({view.runs})"
+            if view.runs
+            else "compiles, does not run here"
+        )
         rows.append([name, can, view.reason or get(name).summary, view.hint])
     table(["target", "on this machine", "", "hint"], rows)
     return 0
@@ -30,7 +36,13 @@ def profiles_list_command(*, as_json: bool) -> int:
         stdout_json([profile.model_dump(mode="json") for profile in profiles])
         return 0
     rows = [
-        [item.name, item.target, item.compute.processor, str(item.runtime.threads), ", ".join(item.constraints.precisions)]
+        [
+            item.name,
+            item.target,
+            item.compute.processor,
+            str(item.runtime.threads),
+            ", ".join(item.constraints.precisions),
+        ]
         for item in profiles
     ]
     table(["profile", "target", "processor", "threads", "precisions"], rows)

@@ -71,12 +71,11 @@ class Progress:
         text = self._text(name, data)
         if text is None:
             return
-        if self._live and name in {"epoch-progress", "measure-progress"}:
-            sys.stderr.write(f"\r\x1b[2K{text}")
-            sys.stderr.flush()
-            self._open = True
-            return
-        if name in {"epoch-progress", "measure-progress"}:
+        if name == "progress":
+            if self._live:
+                sys.stderr.write(f"\r\x1b[2K{text}")
+                sys.stderr.flush()
+                self._open = True
             return
         if self._open:
             sys.stderr.write("\r\x1b[2K")
@@ -95,7 +94,9 @@ class Progress:
             case "stage-damaged":
                 return f"{data['stage']}: stored result is damaged and is made again"
             case "epoch-progress" | "epoch" | "bank" | "precision" | "warning" | "deploy" | "measure-progress":
-                return "  " + str(data.get("text") or ", ".join(f"{key} {_short(value)}" for key, value in data.items()))
+                return "  " + str(
+                    data.get("text") or ", ".join(f"{key} {_short(value)}" for key, value in data.items())
+                )
             case _:
                 return None
 

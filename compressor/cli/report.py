@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compressor.cli.output import stdout_json
-from compressor.cli.run import exit_code, require_run, show, write_packages
+from compressor.cli.package_info import load_info
+from compressor.cli.run import exit_code, require_run, write_packages
+from compressor.cli.summary import show
 
 
 def report_command(run: Path, *, as_json: bool) -> int:
@@ -19,7 +21,13 @@ def report_command(run: Path, *, as_json: bool) -> int:
     files = write_report(summary, path.parent)
     packages = {item.stem: str(item) for item in sorted((path.parent / "packages").glob("*.zip"))}
     if as_json:
-        stdout_json({"report_html": str(files["html"]), "packages": packages, "report": json.loads(to_json(summary, path.parent))})
+        stdout_json(
+            {
+                "report_html": str(files["html"]),
+                "packages": packages,
+                "report": json.loads(to_json(summary, path.parent)),
+            }
+        )
     else:
         show(summary, {"report_html": files["html"], "packages": packages})
     return exit_code(summary)
@@ -27,7 +35,6 @@ def report_command(run: Path, *, as_json: bool) -> int:
 
 def package_command(run: Path, profiles: Sequence[str], *, as_json: bool) -> int:
     """Write the packages of a run again."""
-    from targets.package import load_info
     from targets.report import from_json
 
     path = require_run(run)

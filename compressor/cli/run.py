@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from compressor.cli.output import Progress, stdout_json, table
+from compressor.cli.outcomes import read_outcome, write_outcome
+from compressor.cli.output import Progress, stdout_json
+from compressor.cli.package_info import load_info, save_info
 from compressor.cli.session import Request, Session, open_session
+from compressor.cli.summary import show
 from compressor.errors import ConfigError, TargetUnavailable
 from compressor.ledger import Event, EventLog, Ledger, code_digest, digest_of
 from compressor.pipeline import Built, Pipeline
@@ -38,7 +40,7 @@ def run_command(request: Request, *, remeasure: bool, as_json: bool) -> int:
     if as_json:
         from targets.report import to_json
 
-        stdout_json({"run": str(folder), **paths, "report": json.loads(to_json(summary))})
+        stdout_json({"run": str(folder), **paths, "report": json.loads(to_json(summary, folder))})
     else:
         show(summary, paths)
     return exit_code(summary)
@@ -173,7 +175,6 @@ def _deploy(
     from targets.deploy import Candidates, deploy
     from targets.outcome import Promise
     from targets.registry import get
-    from targets.report.serialise import read_outcome, write_outcome
 
     promise = Promise(**session.recipe.accept.model_dump())
     candidates = Candidates(built.teacher, built.null_twin, built.student, tuple(variants))
@@ -315,22 +316,14 @@ def publish(session: Session, summary: RunSummary, folder: Path) -> dict[str, An
     from targets.report import write_report
 
     files = write_report(summary, folder)
-    packages = write_packages(summary, folder, package_info(session))
-    return {"report_html": str(files["html"]), "report_md": str(files["md"]), "report_json": str(files["json"]), "packages": packages}
-
-
-def package_info(session: Session) -> Any:
-    """What a package needs besides the outcome: pre-processing as data, files, labels, and samples for its self-check."""
-    from targets.package import PackageInfo
-
-    validation = session.data.splits["validation"]
-    index = np.arange(min(4, len(validation)))
-    return PackageInfo(
-        preprocess=session.model.preprocess.model_dump(mode="json"),
-        files=session.model.files,
-        labels=session.model.labels,
-        samples=[validation.batch(index[position : position + 1]) for position in index],
-    )
+    save_info(session, folder)
+    packages = write_packages(summary, folder, load_info(folder))
+    return {
+        "report_html": str(files["html"]),
+        "report_md": str(files["md"]),
+        "report_json": str(files["json"]),
+        "packages": packages,
+    }
 
 
 def write_packages(summary: RunSummary, folder: Path, info: Any, profiles: Sequence[str] = ()) -> dict[str, str]:
@@ -344,31 +337,11 @@ def write_packages(summary: RunSummary, folder: Path, info: Any, profiles: Seque
     return made
 
 
-def show(summary: RunSummary, paths: Mapping[str, Any]) -> None:
-    """The table and the paths a person wants to see at the end."""
-    from targets.report.table import headers, rows
-
-    print()
-    table(list(headers(summary)), [list(row) for row in rows(summary)], f"{summary.name}: {summary.metric}, every number with its origin")
-    for outcome in summary.outcomes:
-        print(f"{outcome.profile}: {outcome.verdict}")
-        if outcome.missing:
-            print(f"  missing: {outcome.missing}")
-    for warning in summary.warnings:
-        print(f"note: {warning}")
-    print(f"\nreport    {paths['report_html']}")
-    for name, path in paths["packages"].items():
-        print(f"package   {path}  ({name})")
-
-
 def require_run(folder: Path) -> Path:
     """A run folder's report.json, or a clear error."""
     path = folder / "report.json" if folder.is_dir() else folder
     if not path.is_file():
-        raise ConfigError.single(f"`{folder}`", "RUN", "is not a run folder (no report.json)", hint="Runs lie in build/runs/.")
+        raise ConfigError.single(
+            f"`{folder}`", "RUN", "is not a run folder (no report.json)", hint="Runs lie in build/runs/."
+        )
     return path
-
-
-def with_packages(summary: RunSummary, **changes: Any) -> RunSummary:
-    """A summary with some fields changed."""
-    return replace(summary, **changes)

@@ -111,7 +111,11 @@ def default_stages(recipe: Recipe, model: LoadedModel) -> Recipe:
             {"kind": "distil", "epochs": 5, "objective": [{"use": "kd", "options": {"temperature": 2.0}}]},
             quantize,
         ]
-    return validate(Recipe, {**recipe.model_dump(mode="json", exclude_unset=True), "name": recipe.name, "stage": stages}, "the default recipe")
+    return validate(
+        Recipe,
+        {**recipe.model_dump(mode="json", exclude_unset=True), "name": recipe.name, "stage": stages},
+        "the default recipe",
+    )
 
 
 def open_session(request: Request) -> Session:
@@ -229,18 +233,27 @@ def _plan(
     sizes = {name: len(split) for name, split in data.splits.items()}
     warnings = _warnings(recipe, model, data)
     return Plan(
-        recipe, profiles, steps_of(recipe, model.kind), tuple(per_profile), facts, sizes, channel_multiple(profiles), warnings
+        recipe,
+        profiles,
+        steps_of(recipe, model.kind),
+        tuple(per_profile),
+        facts,
+        sizes,
+        channel_multiple(profiles),
+        warnings,
     )
 
 
-def _variant_names(recipe: Recipe, profile: HardwareProfile, model: LoadedModel) -> tuple[tuple[str, ...], Mapping[str, str]]:
+def _variant_names(
+    recipe: Recipe, profile: HardwareProfile, model: LoadedModel
+) -> tuple[tuple[str, ...], Mapping[str, str]]:
     """Quantized candidates by name. For a torch teacher the exact list needs the exported graph, so it is asked of it later."""
     from compressor.recipe import QuantizeStage
 
     stage = next((item for item in recipe.stage if isinstance(item, QuantizeStage)), None)
     if stage is None or model.onnx is None:
         return ("int8 variants that fit the target",) if stage is not None and profile.quantization.int8 else (), {}
-    from compressor.export.facts import describe
+    from compressor.models.onnx_facts import describe
     from compressor.quantize import variants
 
     wanted, rejected = variants(stage, profile.quantization, describe(model.onnx))
@@ -256,4 +269,3 @@ def _warnings(recipe: Recipe, model: LoadedModel, data: DataBundle) -> tuple[str
     if recipe.null_twin and not any(isinstance(stage, DistilStage) for stage in recipe.stage):
         found.append("no null twin: nothing is trained in this recipe")
     return tuple(found)
-

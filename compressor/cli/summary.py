@@ -1,0 +1,89 @@
+"""The terminal's view of a run: one table a profile, every number with its origin, reasons as footnotes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from compressor.cli.output import table
+from compressor.types import Figure, Measurement, Unavailable
+
+if TYPE_CHECKING:
+    from targets.outcome import Row, RunSummary
+
+HEADERS = ("", "model", "accuracy", "p50 / p95", "speed-up", "size", "int8 kernels", "state")
+
+
+class Footnotes:
+    """Numbers reasons once, so that a cell stays narrow and no figure is ever blank."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+
+    def say(self, figure: Figure, text: Callable[[Measurement], str]) -> str:
+        if isinstance(figure, Unavailable):
+            return f"unavailable [{self.number(figure.reason)}]"
+        return text(figure)
+
+    def number(self, reason: str) -> int:
+        return self.numbers.setdefault(reason, len(self.numbers) + 1)
+
+    def lines(self) -> list[str]:
+        return [f"  [{number}] {reason}" for reason, number in self.numbers.items()]
+
+
+def show(summary: RunSummary, paths: Mapping[str, Any]) -> None:
+    """The tables, verdicts and paths a person wants to see at the end."""
+    for outcome in summary.outcomes:
+        notes = Footnotes()
+        rows = [_cells(row, summary.metric, notes) for row in outcome.rows]
+        print()
+        table(list(HEADERS), rows, f"{outcome.profile}: {outcome.target} on {outcome.device}")
+        for line in notes.lines():
+            print(line)
+        print(f"  {'kept' if outcome.kept else 'MISSED'}: {outcome.verdict}")
+        if outcome.missing:
+            print(f"  missing: {outcome.missing}")
+    for warning in summary.warnings:
+        print(f"note: {warning}")
+    print(f"\nreport    {paths['report_html']}")
+    for name, path in paths["packages"].items():
+        print(f"package   {path}  ({name})")
+
+
+def _cells(row: Row, metric: str, notes: Footnotes) -> list[str]:
+    coverage = row.coverage
+    state = row.state.value + (f" [{notes.number(row.reason)}]" if row.reason and not row.shipped else "")
+    return [
+        "->" if row.shipped else "",
+        row.artifact.name,
+        _accuracy(row, metric, notes),
+        notes.say(row.latency, _latency),
+        notes.say(row.speedup, lambda figure: f"{figure.value:.2f}x"),
+        notes.say(row.file_bytes, lambda figure: _size(figure.value)),
+        f"{coverage.quantized} of {coverage.total}" if coverage is not None and coverage.total else "none",
+        state,
+    ]
+
+
+def _accuracy(row: Row, metric: str, notes: Footnotes) -> str:
+    """The test figure; for candidates that were not chosen the validation figure, marked."""
+    percent = metric != "Spearman against teacher"
+
+    def say(figure: Measurement, split: str) -> str:
+        number = f"{100 * figure.value:.2f}%" if percent else f"{figure.value:.4f}"
+        return f"{number} {split}, {figure.origin.value}"
+
+    if isinstance(row.test, Measurement):
+        return say(row.test, "test")
+    return notes.say(row.validation, lambda figure: say(figure, "validation"))
+
+
+def _latency(figure: Measurement) -> str:
+    p95 = figure.detail.get("p95")
+    upper = f" / {float(p95):.3g}" if p95 is not None else ""
+    return f"{figure.value:.3g}{upper} {figure.unit}, {figure.origin.value}"
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
