@@ -87,7 +87,8 @@ def difference(want: Array, got: Array) -> float:
     """Largest absolute difference; infinite for another shape or a NaN on one side only."""
     if want.shape != got.shape or np.any(np.isnan(want) != np.isnan(got)):
         return float("inf")
-    gap = np.abs(want.astype(np.float64) - got.astype(np.float64))
+    with np.errstate(invalid="ignore"):
+        gap = np.abs(want.astype(np.float64) - got.astype(np.float64))
     gap[want == got] = 0.0  # equal infinities
     return float(np.nan_to_num(gap, nan=0.0, posinf=np.inf).max(initial=0.0))
 

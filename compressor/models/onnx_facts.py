@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -217,7 +220,25 @@ def estimate_macs(model: ModelProto, dims: Mapping[str, int]) -> int | None:
         inferred = onnx.shape_inference.infer_shapes(sized, data_prop=True).graph
     except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, ValueError, RuntimeError):
         return None
-    return _sum_macs(inferred)
+    macs = _sum_macs(inferred)
+    return macs if macs is not None else _sum_macs_symbolic(sized)
+
+
+def _sum_macs_symbolic(sized: ModelProto) -> int | None:
+    """Second try, with ONNX Runtime's inference, which follows computed shapes (reshapes of attention heads)."""
+    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
+
+    logger = logging.getLogger("onnxruntime.tools.symbolic_shape_infer")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            inferred = SymbolicShapeInference.infer_shapes(sized, auto_merge=True)
+    except Exception:  # noqa: BLE001 - an estimate only; this inference throws AssertionError, KeyError and bare Exception
+        return None
+    finally:
+        logger.setLevel(level)
+    return _sum_macs(inferred.graph) if inferred is not None else None
 
 
 def _resize(dim: onnx.TensorShapeProto.Dimension, axis: int, dims: Mapping[str, int]) -> None:

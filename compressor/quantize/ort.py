@@ -80,7 +80,28 @@ def quantize_static(
             calibration_cache_path=folder / "ranges.json",
             extra_options=static_options(variant, rules),
         )
-        return onnx.load(folder / "out.onnx")
+        result = onnx.load(folder / "out.onnx")
+    if variant.operators is not None and not rules.weighted_only:
+        _release(result, variant.operators)
+    return result
+
+
+def _release(model: ModelProto, operators: tuple[str, ...]) -> None:
+    """Give operators that stay float the float tensor again. The quantizer hands the dequantized one to every reader, so
+    that residual additions and LayerNormalization would carry int8 noise for nothing. Gathers keep their pair: without
+    it the runtime would dequantize the whole table for every call."""
+    made = {name: node for node in model.graph.node for name in node.output}
+    origin: dict[str, str] = {}
+    for node in model.graph.node:
+        source = made.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if source is not None and source.op_type == "QuantizeLinear":
+            first = made.get(source.input[0])
+            if first is None or first.op_type != "Gather":
+                origin[node.output[0]] = source.input[0]
+    for node in model.graph.node:
+        if node.op_type not in (*operators, "QuantizeLinear", "DequantizeLinear"):
+            for position, name in enumerate(node.input):
+                node.input[position] = origin.get(name, name)
 
 
 def static_options(variant: Variant, rules: QuantizationRules) -> dict[str, Any]:

@@ -114,7 +114,8 @@ def _minmax(
         for name, array in run(inputs):
             low, high = ranges.get(name, (0.0, 0.0))
             if array.size:
-                low, high = min(low, float(array.min())), max(high, float(array.max()))
+                # np.minimum keeps a NaN, which Python's min would drop
+                low, high = float(np.minimum(low, array.min())), float(np.maximum(high, array.max()))
             ranges[name] = (low, high)
     if not seen:
         raise StageError("there is no calibration data", hint="Raise `data.calibration`, or give more samples.")
