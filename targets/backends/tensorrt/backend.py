@@ -161,9 +161,10 @@ class TensorRt(TargetBackend):
         if problems:
             listed = "\n".join(f"  {problem}" for problem in problems)
             raise CompileError(f"TensorRT would refuse `{artifact.name}`:\n{listed}", hint=_hint(""))
-        out.mkdir(parents=True, exist_ok=True)
         if settings.flavour == "rtx":
             sdk_version("rtx")
+        out.mkdir(parents=True, exist_ok=True)
+        if settings.flavour == "rtx":
             compiled = _compile_engine(job, "rtx", options.rtx_capability(profile))
         else:
             compiled = _compile_enterprise(job)

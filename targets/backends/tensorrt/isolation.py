@@ -17,7 +17,7 @@ from typing import IO, Any
 from compressor.errors import CompileError
 
 _POLL_SECONDS = 0.02
-_WORKER = "targets.backends.tensorrt.build_worker"
+_COMMAND = ("-m", "targets.backends.tensorrt.build_worker")
 _TAIL_CHARACTERS = 600
 
 
@@ -46,7 +46,7 @@ def call_worker(request: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
         source.write(json.dumps(request).encode())
         source.seek(0)
         process = subprocess.Popen(
-            [sys.executable, "-m", _WORKER], stdin=source, stdout=reply, stderr=complaints, env=_environment()
+            [sys.executable, *_COMMAND], stdin=source, stdout=reply, stderr=complaints, env=_environment()
         )
         try:
             _wait(process, limits)
