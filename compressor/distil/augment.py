@@ -1,4 +1,4 @@
-"""Deterministic augmentation of model inputs: what a sample looks like depends on (seed, sample, view) and nothing else.
+"""Deterministic augmentation: what a sample looks like depends on (seed, sample, view) and nothing else.
 
 So a teacher's outputs can be cached per view, and a resumed run sees what an undisturbed one sees. Vectorised over the
 batch; random numbers come from a counter-based generator (SplitMix64, Steele et al. 2014), one stream a sample.
@@ -57,7 +57,8 @@ def uniforms(seed: int, positions: Array, view: int, count: int) -> Array:
 def _mix(x: Array) -> Array:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: Array = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def _mix_scalar(x: int) -> int:

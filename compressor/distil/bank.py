@@ -1,8 +1,9 @@
 """The teacher bank: a teacher's outputs on disk, computed once per view and shared between runs.
 
 One folder per (teacher, samples, augmentation, view): ``key.json`` with that key, and per signal a memory-mapped
-``<signal>.npy`` with a ``<signal>.done.npy`` that marks the chunks already computed, so that filling can be interrupted.
-Logits of up to 1024 classes are float32, everything else float16: relative error at most 2^-11, about 0.05 %.
+``<signal>.npy`` with a ``<signal>.done.npy`` that marks the chunks already computed, so that filling can be
+interrupted. Logits of up to 1024 classes are float32, everything else float16: relative error at most 2^-11, about 0.05
+%.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Layout:
 
 
 def samples_first(name: str, signal: Tensor) -> Tensor:
-    """Batch (and token) axes in front: ``qkv`` (3, B, H, T, d) becomes (B, T, 3, H, d), attention parts (B, T, H, d)."""
+    """Batch (and token) axes in front: ``qkv`` (3, B, H, T, d) becomes (B, T, 3, H, d), ``q`` (B, T, H, d)."""
     if name.startswith("qkv["):
         return signal.permute(1, 3, 0, 2, 4)
     if name[:2] in {"q[", "k[", "v["}:
@@ -137,7 +138,8 @@ class Bank:
     def fill(self, teacher: Callable[[Array, tuple[str, ...]], tuple[Mapping[str, Tensor], Tensor | None]]) -> int:
         """Compute what is missing in one pass; returns how many samples the teacher saw.
 
-        ``teacher(positions, names)`` gives the signals and the token mask of these samples. Two runs at once take turns.
+        ``teacher(positions, names)`` gives the signals and the token mask of these samples. Two runs at once take
+        turns.
 
         Raises:
             StageError: the disk is full, or an output does not fit float16.

@@ -1,4 +1,4 @@
-"""Distil a teacher into a student: everything is decided here, then :class:`compressor.distil.training.Training` runs."""
+"""Distil a teacher into a student: all is decided here, then :class:`compressor.distil.training.Training` runs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def distil(
 
     Args:
         student, teacher: modules that take their inputs by name and return one tensor (``LoadedModel.module``).
-        data: ``train``, perhaps ``transfer`` (no labels), and ``validation`` when ``patience`` is set without ``score``.
+        data: ``train``, perhaps ``transfer`` (no labels), and ``validation`` when ``patience`` is set without
+            ``score``.
         seed: of data order, augmentation, projectors and dropout, each with a stream of its own.
         work: folder of this run's checkpoint.
         bank: folder of cached teacher outputs, shared by all runs.
@@ -73,7 +74,8 @@ def distil(
 
     Raises:
         ConfigError: an objective does not exist, has wrong options, or asks for signals that are not there.
-        StageError: the loss is not finite, the disk is full, the bank or the checkpoint is stale, nothing to learn from.
+        StageError: the loss is not finite, the disk is full, the bank or the checkpoint is stale, nothing to learn
+        from.
     """
     setup = _Setup(
         student, teacher, data, config, seed, Path(bank), teacher_digest, dict(signals), labels_only, on_event
@@ -94,6 +96,7 @@ def distil(
         constant["fingerprint"] = fingerprint
         judge = score if score is not None or config.patience is None else setup.validation_accuracy()
         training = Training(parts, config, path, constant, judge, on_event, checkpoint_seconds)
+        torch.manual_seed(_seed(seed, "dropout"))  # after the probes, which draw numbers too
         if state is None:
             training.save()  # the decisions are on disk before anything depends on them
         else:
@@ -142,7 +145,6 @@ class _Setup:
         """The parts of the run, and the decisions that its checkpoint stores."""
         weighted = self._objectives()
         self.student.to(self.device)
-        torch.manual_seed(_seed(self.seed, "dropout"))
         names = {"logits"}.union(*(item.objective.needs.student for item in weighted))
         tap = stack.enter_context(SignalTap(self.student, sorted(names), self.mapping))
         teacher_tap = self._teacher_tap(stack, weighted)
@@ -203,19 +205,19 @@ class _Setup:
         made = augment(self.data.batch(positions), self.config.augment, positions, view, self.augment_seed)
         return numerics.place(made, self.device)
 
-    @torch.no_grad()
     def _prepare(self, weighted: Sequence[Weighted], tap: SignalTap, teacher: SignalTap | None) -> dict[str, Layout]:
         """Show the objectives real shapes, and find how the teacher's signals would lie in the bank."""
-        if teacher is None:
-            return {}
-        numerics = Numerics("fp32", channels_last=False)
-        inputs = self._load(numerics, np.arange(min(PROBE_SAMPLES, len(self.data))), 0)
-        self.student.eval()
-        seen, taught = tap(inputs), teacher(inputs)
-        generator = torch.Generator().manual_seed(_seed(self.seed, "projectors"))
-        for item in weighted:
-            item.objective.prepare(Context(seen, taught, generator, self.device))
-        return {name: Layout.of(name, signal, inputs.get("attention_mask")) for name, signal in taught.items()}
+        with torch.no_grad():
+            if teacher is None:
+                return {}
+            numerics = Numerics("fp32", channels_last=False)
+            inputs = self._load(numerics, np.arange(min(PROBE_SAMPLES, len(self.data))), 0)
+            self.student.eval()
+            seen, taught = tap(inputs), teacher(inputs)
+            generator = torch.Generator().manual_seed(_seed(self.seed, "projectors"))
+            for item in weighted:
+                item.objective.prepare(Context(seen, taught, generator, self.device))
+            return {name: Layout.of(name, signal, inputs.get("attention_mask")) for name, signal in taught.items()}
 
     def _numerics(self, state: Mapping[str, Any] | None) -> Numerics:
         if state is not None:
@@ -255,7 +257,7 @@ class _Setup:
         return CachedTeacher(tap, self.bank, lambda view: replace(key, view=view), layouts, load, self.data)
 
     def validation_accuracy(self) -> Score | None:
-        """Share of validation samples the module gets right; None when there are no labels to judge by."""
+        """Share of labelled validation samples the module gets right; None when there are no labels to judge by."""
         split = self.splits.get("validation")
         if split is None or split.labels is None or len(split) == 0:
             self.on_event(
@@ -265,14 +267,14 @@ class _Setup:
         held = TrainingSet([split])
         numerics = Numerics("fp32", channels_last=False)
 
-        @torch.no_grad()
         def accuracy(module: nn.Module) -> float:
-            right = 0
-            for start in range(0, len(held), 256):
-                positions = np.arange(start, min(start + 256, len(held)))
-                guess = module(**numerics.place(held.batch(positions), self.device)).argmax(-1).cpu().numpy()
-                right += int((guess == held.labels[positions]).sum())
-            return right / int((held.labels != UNLABELLED).sum())
+            with torch.no_grad():
+                right = 0
+                for start in range(0, len(held), 256):
+                    positions = np.arange(start, min(start + 256, len(held)))
+                    guess = module(**numerics.place(held.batch(positions), self.device)).argmax(-1).cpu().numpy()
+                    right += int((guess == held.labels[positions]).sum())
+                return right / int((held.labels != UNLABELLED).sum())
 
         return accuracy
 

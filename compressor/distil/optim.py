@@ -76,17 +76,17 @@ class MovingAverage:
         self._live = {n: t for n, t in module.state_dict(keep_vars=False).items() if t.is_floating_point()}
         self.values = {name: tensor.detach().clone() for name, tensor in self._live.items()}
 
-    @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the average towards the live weights after a step (from 0)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.values.values()), list(self._live.values()), 1 - decay)
+        with torch.no_grad():
+            decay = min(self.decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(self.values.values()), list(self._live.values()), 1 - decay)
 
-    @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Take the average from a checkpoint."""
-        for name, tensor in values.items():
-            self.values[name].copy_(tensor)
+        with torch.no_grad():
+            for name, tensor in values.items():
+                self.values[name].copy_(tensor)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -98,7 +98,7 @@ class MovingAverage:
         finally:
             self._copy(kept)
 
-    @torch.no_grad()
     def _copy(self, values: Mapping[str, Tensor]) -> None:
-        for name, tensor in values.items():
-            self._live[name].copy_(tensor)
+        with torch.no_grad():
+            for name, tensor in values.items():
+                self._live[name].copy_(tensor)

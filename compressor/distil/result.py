@@ -34,8 +34,9 @@ class EpochRecord:
 class DistilResult:
     """The student was trained in place; this is how.
 
-    ``best_epoch``: the epoch (from 0) whose weights the student has. ``teacher_forwards``: samples the teacher was run on.
-    ``cached``: the teacher's outputs came from the bank, which takes ``cache_bytes``. ``precision``: ``fp32`` or ``bf16``.
+    ``best_epoch``: the epoch (from 0) whose weights the student has. ``teacher_forwards``: samples the teacher was run
+    on. ``cached``: the teacher's outputs came from the bank, which takes ``cache_bytes``. ``precision``: ``fp32`` or
+    ``bf16``.
     """
 
     history: tuple[EpochRecord, ...]

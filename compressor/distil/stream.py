@@ -87,8 +87,8 @@ class TrainingSet:
     def order(self, epoch: int, batch: int, seed: int) -> list[Array]:
         """Batches of positions for one epoch; the same for the same arguments.
 
-        Text is grouped by length inside pools of ``POOL_BATCHES`` batches and the batches are shuffled again, so padding
-        shrinks while every batch still is a random part of the data.
+        Text is grouped by length inside pools of ``POOL_BATCHES`` batches and the batches are shuffled again, so
+        padding shrinks while every batch still is a random part of the data.
         """
         random = np.random.Generator(np.random.PCG64([seed, epoch]))
         shuffled = random.permutation(len(self))

@@ -59,11 +59,11 @@ class OnlineTeacher:
     def prepare(self, view: int) -> None:
         """Nothing to do."""
 
-    @torch.no_grad()
     def signals(self, positions: Array, inputs: Mapping[str, Tensor], view: int) -> Mapping[str, Tensor]:
-        self.forwards += len(positions)
-        with self._autocast():
-            return self._tap(inputs)
+        with torch.no_grad():
+            self.forwards += len(positions)
+            with self._autocast():
+                return self._tap(inputs)
 
 
 class CachedTeacher:
@@ -100,12 +100,12 @@ class CachedTeacher:
         chunks = np.array_split(np.arange(len(self._data)), -(-len(self._data) // 256))
         return np.concatenate([self._load(chunk, view)["attention_mask"].cpu().sum(1).numpy() for chunk in chunks])
 
-    @torch.no_grad()
     def _teach(self, positions: Array, view: int, names: tuple[str, ...]) -> tuple[dict[str, Tensor], Tensor | None]:
-        inputs = self._load(positions, view)
-        signals = self._tap(inputs)
-        mask = inputs.get("attention_mask")
-        return {name: signals[name].cpu() for name in names}, None if mask is None else mask.cpu()
+        with torch.no_grad():
+            inputs = self._load(positions, view)
+            signals = self._tap(inputs)
+            mask = inputs.get("attention_mask")
+            return {name: signals[name].cpu() for name in names}, None if mask is None else mask.cpu()
 
     def _compare(self, bank: Bank, view: int) -> None:
         """A bank that is there already must be this teacher's."""

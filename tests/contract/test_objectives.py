@@ -127,5 +127,7 @@ def test_sums_of_two_halves_are_the_whole_unless_declared_batch_wise(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_documentation_names_formula_shapes_paper_defaults_and_a_worked_number(name):
     text = registry.describe(name).text
-    missing = [word for word in ("Formula:", "Shapes:", "Paper:", "Defaults:", "When:", "Worked number:") if word not in text]
+    missing = [
+        word for word in ("Formula:", "Shapes:", "Paper:", "Defaults:", "When:", "Worked number:") if word not in text
+    ]
     assert not missing

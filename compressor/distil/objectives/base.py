@@ -20,8 +20,8 @@ Counts = Mapping[str, int]  # what a model offers: ``compressor.models.signals.a
 class Needs:
     """What an objective reads. The loop provides exactly this, so an undeclared signal is a ``KeyError`` in the tests.
 
-    ``online_teacher``: the teacher must see inputs the student made, so nothing can be cached. ``batch_wise``: the value
-    depends on the other samples of the batch, so the batch must not be cut into micro-batches.
+    ``online_teacher``: the teacher must see inputs the student made, so nothing can be cached. ``batch_wise``: the
+    value depends on the other samples of the batch, so the batch must not be cut into micro-batches.
     """
 
     student: frozenset[str] = frozenset()
@@ -37,8 +37,8 @@ class Needs:
 class Term:
     """An unreduced loss: the loop divides ``sum`` by ``count`` in one place, so that reductions never differ.
 
-    ``sum`` is a scalar tensor with gradient; ``count`` what it was summed over (samples, valid tokens, pairs): a number or
-    a scalar tensor without gradient.
+    ``sum`` is a scalar tensor with gradient; ``count`` what it was summed over (samples, valid tokens, pairs): a number
+    or a scalar tensor without gradient.
     """
 
     sum: Tensor
@@ -108,7 +108,7 @@ class NoOptions(Frozen):
 
 
 class SignalObjective:
-    """Common part of the objectives here: holds options and match, has no trained parts unless a subclass makes some."""
+    """Common part of the objectives here: options, match, and no trained parts unless a subclass makes some."""
 
     Options: ClassVar[type[Frozen]] = NoOptions
     default_match: ClassVar[Match | None] = None

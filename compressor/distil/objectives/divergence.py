@@ -1,6 +1,7 @@
 """The divergence family between two categorical distributions given by logits (methods L2). Pure functions.
 
-All take teacher and student logits (..., C), work in float32 with natural logarithms, and return one value per row (...).
+All take teacher and student logits (..., C), work in float32 with natural logarithms, and return one value per row
+(...).
 """
 
 from __future__ import annotations

@@ -53,9 +53,9 @@ class _Matched(SignalObjective):
 class HiddenMatch(_Matched):
     """Student features imitate the teacher's, layer by layer.
 
-    Formula: sum over student layers l of MSE(W_l h_S[l], h_T[g(l)]): mean over features, mean over samples or real tokens.
-    W_l is a learned linear map where widths differ (a 1x1 convolution for feature maps, the larger map average-pooled to
-    the smaller), dropped at export. g is the match's map: `uniform`, `last` or `skip`.
+    Formula: sum over student layers l of MSE(W_l h_S[l], h_T[g(l)]): mean over features, mean over samples or real
+    tokens. W_l is a learned linear map where widths differ (a 1x1 convolution for feature maps, the larger map
+    average-pooled to the smaller), dropped at export. g is the match's map: `uniform`, `last` or `skip`.
 
     Shapes: tokens (B, T, d), feature maps (B, C, H, W) or vectors (B, d); padding does not count.
     Paper: Romero et al., "FitNets", 2015; Jiao et al., "TinyBERT", 2020; form HS of Wang et al., "MiniLMv2", 2021
@@ -86,7 +86,8 @@ class CosineMatch(_Matched):
     Shapes: tokens (B, T, d), feature maps (B, C, H, W) or vectors (B, d); sentence embeddings are the signal `logits`.
     Paper: Sanh et al., "DistilBERT", 2019 (methods F2).
     Defaults: match hidden[-1] with hidden[-1], proj linear.
-    When: the third term of DistilBERT's triple loss; sentence embeddings, with `student = "logits", teacher = "logits"`.
+    When: the third term of DistilBERT's triple loss; sentence embeddings, with `student = "logits", teacher =
+    "logits"`.
     Worked number: student [[1,1,1],[0,2,1],[1,2,1]], teacher [[1,0,2],[0,1,1],[2,2,0]]: 0.136898.
     """
 
@@ -147,7 +148,8 @@ def relation_logits(states: Tensor, heads: int) -> Tensor:
 def relation_divergence(teacher: Tensor, student: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
     """KL of the softmax relations, summed over relations and tokens, mean over heads.
 
-    ``teacher``, ``student``: (R, B, H, T, d) with their own H and d; ``mask``: (B, T). Padding is neither key nor query.
+    ``teacher``, ``student``: (R, B, H, T, d) with their own H and d; ``mask``: (B, T). Padding is neither key nor
+    query.
     """
     a, b = relation_logits(teacher, heads), relation_logits(student, heads)
     if mask is not None:
@@ -164,12 +166,13 @@ class MiniLmRelations(SignalObjective):
     """Query, key and value relations of one teacher layer taught to one student layer; widths may differ.
 
     Formula: for each of Q, K, V cut the concatenated heads into A relation heads A_a of width d/A,
-    R_a = softmax(A_a A_a^T / sqrt(d/A)), loss = sum over Q, K, V of 1/(A * tokens) * sum_a sum_t KL(R_T[a,t] || R_S[a,t]).
+    R_a = softmax(A_a A_a^T / sqrt(d/A)), loss = sum over Q, K, V of 1/(A * tokens) * sum_a sum_t KL(R_T[a,t] ||
+    R_S[a,t]).
 
     Shapes: qkv (3, B, H, T, d) of both models, mask (B, T); padding is neither key nor query. No projections.
     Paper: Wang et al., "MiniLMv2: Multi-Head Self-Attention Relation Distillation", 2021 (methods F1).
-    Defaults: last layers of both; `heads` 0 takes the larger of the two head counts that divides both widths, else their
-    greatest common divisor. Base models of the paper use 48.
+    Defaults: last layers of both; `heads` 0 takes the larger of the two head counts that divides both widths, else
+    their greatest common divisor. Base models of the paper use 48.
     When: transformer students of another width or depth, task-agnostic distillation.
     Worked number: teacher [[1,0,2,1],[0,1,1,-1],[2,2,0,0]], student [[.5,1],[1,0],[1,2]], A = 2: 0.555465 a relation.
     """

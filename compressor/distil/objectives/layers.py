@@ -14,7 +14,8 @@ _PATTERN = re.compile(r"(?P<family>[a-z]+)(?:\[(?P<index>g\(i\)|i|-?\d+)\])?")
 def count(signals: Mapping[str, int], family: str) -> int:
     """How many layers of a family (``hidden``, ``qkv``) a model offers.
 
-    ``signals`` names either a family with its number of layers (``{"hidden": 7}``) or every layer (``{"hidden[0]": 64}``).
+    ``signals`` names either a family with its number of layers (``{"hidden": 7}``) or every layer (``{"hidden[0]":
+    64}``).
     """
     if family in signals:
         return signals[family]
@@ -24,8 +25,8 @@ def count(signals: Mapping[str, int], family: str) -> int:
 def layer_map(student: int, teacher: int, kind: str) -> list[int]:
     """Teacher layer of each student layer.
 
-    ``uniform`` spreads over the teacher and ends at its last layer, ``last`` takes the top ones in order, ``skip`` every
-    (teacher // student)-th from the bottom (DistilBERT's choice).
+    ``uniform`` spreads over the teacher and ends at its last layer, ``last`` takes the top ones in order, ``skip``
+    every (teacher // student)-th from the bottom (DistilBERT's choice).
 
     >>> layer_map(3, 6, "uniform"), layer_map(3, 6, "last"), layer_map(3, 6, "skip")
     ([1, 3, 5], [3, 4, 5], [0, 2, 4])

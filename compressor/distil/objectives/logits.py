@@ -140,8 +140,8 @@ class SymmetricKl(_Divergence):
 class JensenShannon(_Divergence):
     """The bounded divergence between the two: each against their mixture.
 
-    Formula: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; no temperature factor, mean over samples.
-    The formula tends to 0 at both ends, so `beta` 0 or 1 is refused: use `kd` or `reverse-kl` there.
+    Formula: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; no temperature factor, mean over
+    samples. The formula tends to 0 at both ends, so `beta` 0 or 1 is refused: use `kd` or `reverse-kl` there.
 
     Shapes: logits (N, C) of both models, or (N, T, C) with a token mask; same classes.
     Paper: Agarwal et al., "On-Policy Distillation of Language Models" (GKD), 2023 (methods L2).

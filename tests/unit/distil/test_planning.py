@@ -82,7 +82,9 @@ def test_check_lists_every_problem_with_its_place():
             ],
         }
     )
-    found = [str(problem) for problem in check(stage, {"logits": 1, "hidden": 4}, {"logits": 1, "hidden": 2}, "stage.1")]
+    found = [
+        str(problem) for problem in check(stage, {"logits": 1, "hidden": 4}, {"logits": 1, "hidden": 2}, "stage.1")
+    ]
     assert found == [
         "stage.1.objective.0.use: unknown objective `kdd`; did you mean `kd`?",
         "stage.1.objective.1.options.temperture: unknown key; did you mean `temperature`?",
