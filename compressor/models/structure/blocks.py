@@ -1,4 +1,4 @@
-"""Whole blocks: lists of layers that map a hidden state to one of the same shape, so that any of them can be left out."""
+"""Whole blocks: lists of layers that map a hidden state to one of the same shape, so that any can be left out."""
 
 from __future__ import annotations
 

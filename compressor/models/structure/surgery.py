@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from compressor.errors import StageError
 from compressor.models.rebuild import ranges_of, replay
 from compressor.models.structure.labels import Index, Key
 from compressor.models.structure.trace import evaluating, few_samples, run
@@ -45,47 +44,46 @@ class Committed:
     refused: Mapping[str, str]  # group name -> why
 
 
-def commit(module: nn.Module, cuts: Sequence[Cut], example: Mapping[str, Tensor], *, exact: bool = True) -> Committed:
+def commit(
+    module: nn.Module, cuts: Sequence[Cut], example: Mapping[str, Tensor], *, exact: bool = True
+) -> Committed:
     """Cut a copy of ``module``. With ``exact`` the result must compute what the masked module computes, to 1e-4.
 
     A group whose cut breaks the module's own code (a literal size in a ``view``, say) is left whole and named in
-    ``refused``. Raises :class:`StageError` when groups that can be cut alone cannot be cut together.
+    ``refused``. Size attributes are changed by their meaning (the heads of an attention block); only where that does not
+    work, by their value.
     """
     cuts = [cut for cut in cuts if len(cut.keep) < cut.group.units]
-    made = _attempt(module, cuts, example, exact)
-    refused: dict[str, str] = {}
-    if isinstance(made, str):
-        for cut in cuts:
-            alone = _attempt(module, [cut], example, exact)
-            if isinstance(alone, str):
-                refused[cut.group.name] = alone
-        cuts = [cut for cut in cuts if cut.group.name not in refused]
-        made = _attempt(module, cuts, example, exact)
-    if isinstance(made, str):
-        raise StageError(f"the model cannot be cut: {made}", hint="Protect the layer that the message names.")
-    return Committed(made[0], mask(module, cuts), made[1], refused)
+    made = _attempt(module, cuts, frozenset(), example, exact)
+    if not isinstance(made, str):
+        return Committed(made[0], mask(module, cuts), made[1], {})
+    accepted, refused, by_value = list[Cut](), dict[str, str](), frozenset[str]()
+    made = copy.deepcopy(module), []
+    for cut in cuts:
+        for values in (by_value, by_value | {cut.group.name}):
+            tried = _attempt(module, [*accepted, cut], values, example, exact)
+            if not isinstance(tried, str):
+                made, by_value = tried, values
+                accepted.append(cut)
+                break
+            refused.setdefault(cut.group.name, tried)
+    refused = {name: why for name, why in refused.items() if name not in {cut.group.name for cut in accepted}}
+    return Committed(made[0], mask(module, accepted), made[1], refused)
 
 
 def _attempt(
-    module: nn.Module, cuts: Sequence[Cut], example: Mapping[str, Tensor], exact: bool
+    module: nn.Module, cuts: Sequence[Cut], by_value: frozenset[str], example: Mapping[str, Tensor], exact: bool
 ) -> tuple[nn.Module, list[dict[str, Any]]] | str:
-    """Commit with the attributes that must change by their meaning, then with those that agree by their value."""
-    wanted = _outputs(mask(module, cuts), example) if exact else None
-    reason = ""
-    for by_value in (False, True):
-        steps = record_of(module, cuts, by_value=by_value)
-        try:
-            student = replay(module, steps)
-            found = _outputs(student, example)
-        except FORWARD_ERRORS as error:
-            reason = (
-                reason or f"its forward fails on the smaller layer ({type(error).__name__}: {error})".split("\n")[0]
-            )
-            continue
-        if wanted is None or _agree(wanted, found):
-            return student, steps
-        reason = reason or "the smaller layer does not compute what the masked one does"
-    return reason
+    """The committed module and its steps, or what is wrong with it."""
+    steps = record_of(module, cuts, by_value)
+    try:
+        student = replay(module, steps)
+        found = _outputs(student, example)
+    except FORWARD_ERRORS as error:
+        return f"its forward fails on the smaller layer ({type(error).__name__}: {error})".split("\n")[0]
+    if exact and not _agree(_outputs(mask(module, cuts), example), found):
+        return "the smaller layer does not compute what the masked one does"
+    return student, steps
 
 
 def _outputs(module: nn.Module, example: Mapping[str, Tensor]) -> list[Tensor]:
@@ -125,8 +123,8 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
     return getattr(module.get_submodule(path), local)  # type: ignore[no-any-return]
 
 
-def record_of(module: nn.Module, cuts: Sequence[Cut], *, by_value: bool = False) -> list[dict[str, Any]]:
-    """The steps for :func:`compressor.models.rebuild.replay`."""
+def record_of(module: nn.Module, cuts: Sequence[Cut], by_value: frozenset[str] = frozenset()) -> list[dict[str, Any]]:
+    """The steps for :func:`compressor.models.rebuild.replay`. ``by_value`` names groups (see :func:`commit`)."""
     steps: list[dict[str, Any]] = []
     for key, gone in removed_positions(cuts).items():
         size = _tensor(module, key.tensor).shape[key.axis]
@@ -136,7 +134,7 @@ def record_of(module: nn.Module, cuts: Sequence[Cut], *, by_value: bool = False)
     for cut in cuts:
         for holder in _holders(cut.group):
             for attribute, value in list(vars(module.get_submodule(holder)).items()):
-                new = _new_value(cut, attribute, value, by_value)
+                new = _new_value(cut, attribute, value, cut.group.name in by_value)
                 if new is not None:
                     changed[(holder, attribute)] = new
     return steps + [

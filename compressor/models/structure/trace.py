@@ -55,6 +55,11 @@ def few_samples(example: Mapping[str, Tensor], count: int = FRACTION_OF_A_BATCH)
 class Recorder(TorchDispatchMode):  # type: ignore[misc]
     """Propagates labels through every operation that runs under it."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: nothing here is compiled, and the guard that True asks for imports all of dynamo (seconds)."""
+        return False
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.space = LabelSpace()
