@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from compressor.config import validate
 from compressor.errors import CompileError, ConfigError
-from compressor.profile import HardwareProfile
+from compressor.profile import HardwareProfile, load_profile, profile_names
 from compressor.types import Artifact
 from targets.backends.tensorrt import TensorRt, lint, options
 
@@ -196,3 +198,18 @@ def test_dimension_without_a_range_is_named(
     found = TensorRt().check(artifact, make_profile())
     assert found == ("input `x`: dynamic dimension `images` (axis 0) has no range; give `options.shapes.images`",)
     assert TensorRt().check(artifact, make_profile(shapes={"images": [1, 4, 8]})) == ()
+
+
+def test_profile_of_the_documentation_is_valid() -> None:
+    page = Path(__file__).parents[4] / "docs" / "targets" / "tensorrt.md"
+    block = page.read_text(encoding="utf-8").split("```toml\n")[1].split("```")[0]
+    profile = validate(HardwareProfile, tomllib.loads(block), "docs/targets/tensorrt.md")
+    assert options.read_options(profile).shapes == {"frames": (1, 8, 16)}
+
+
+def test_built_in_profiles_have_valid_options() -> None:
+    ours = [profile for profile in map(load_profile, profile_names()) if profile.target == "tensorrt"]
+    assert ours
+    for profile in ours:
+        assert options.rtx_capability(profile) in options.RTX_CAPABILITIES
+        options.read_options(profile)
