@@ -87,9 +87,9 @@ def quantize_static(
 
 
 def _release(model: ModelProto, operators: tuple[str, ...]) -> None:
-    """Give operators that stay float the float tensor again. The quantizer hands the dequantized one to every reader, so
-    that residual additions and LayerNormalization would carry int8 noise for nothing. Gathers keep their pair: without
-    it the runtime would dequantize the whole table for every call."""
+    """Give operators that stay float the float tensor again. The quantizer hands the dequantized one to every reader,
+    so that residual additions and LayerNormalization would carry int8 noise for nothing. Gathers keep their pair:
+    without it the runtime would dequantize the whole table for every call."""
     made = {name: node for node in model.graph.node for name in node.output}
     origin: dict[str, str] = {}
     for node in model.graph.node:

@@ -57,7 +57,7 @@ def variants(
             rejected[variant.name] = reason
         else:
             chosen.append(variant)
-    if facts.has_attention and not rules.weighted_only:
+    if _operators(rules, facts) is not None and not rules.weighted_only:
         reason = WHOLE_GRAPH_MASKED if facts.has_masked_attention else WHOLE_GRAPH_ATTENTION
         rejected["int8-static-whole-graph"] = reason
     return tuple(chosen), rejected
@@ -100,9 +100,11 @@ def _candidates(config: QuantizeStage, rules: QuantizationRules, facts: ModelFac
 def _operators(rules: QuantizationRules, facts: ModelFacts) -> tuple[str, ...] | None:
     if rules.weighted_only:
         return WEIGHTED_OPERATORS
-    if facts.has_attention:
-        return TRANSFORMER_OPERATORS if not facts.has_convolutions else ("Gather", *WEIGHTED_OPERATORS)
-    return None
+    if facts.has_attention and not facts.has_convolutions:
+        return TRANSFORMER_OPERATORS
+    if facts.has_masked_attention:
+        return ("Gather", *WEIGHTED_OPERATORS)
+    return None  # convolutions lead, also beside plain attention: fencing them in with float operators costs more
 
 
 def _reason(variant: Variant, config: QuantizeStage, rules: QuantizationRules, facts: ModelFacts) -> str:
