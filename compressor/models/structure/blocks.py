@@ -46,7 +46,7 @@ def _candidates(module: nn.Module) -> list[str]:
     for name, part in module.named_modules():
         elements = list(part.children())
         same = len({type(element) for element in elements}) == 1
-        deep = all(list(element.children()) for element in elements)
+        deep = all(list(element.children()) and not isinstance(element, nn.Sequential) for element in elements)
         if len(elements) >= 2 and same and deep and isinstance(part, nn.ModuleList | nn.Sequential):
             names.append(name)
     return names

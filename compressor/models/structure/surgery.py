@@ -44,9 +44,7 @@ class Committed:
     refused: Mapping[str, str]  # group name -> why
 
 
-def commit(
-    module: nn.Module, cuts: Sequence[Cut], example: Mapping[str, Tensor], *, exact: bool = True
-) -> Committed:
+def commit(module: nn.Module, cuts: Sequence[Cut], example: Mapping[str, Tensor], *, exact: bool = True) -> Committed:
     """Cut a copy of ``module``. With ``exact`` the result must compute what the masked module computes, to 1e-4.
 
     A group whose cut breaks the module's own code (a literal size in a ``view``, say) is left whole and named in
