@@ -62,9 +62,10 @@ def _choose_test(parts: Parts, config: DataConfig) -> Parts:
     """``data.test`` names a part of the source, or another source."""
     if config.test is None:
         return dict(parts)
-    if config.test in parts:
-        rest = {name: part for name, part in parts.items() if name not in (config.test, "test")}
-        return {**rest, "test": parts[config.test]}
+    own = SPLIT_NAMES.get(config.test, config.test)
+    if own in parts:
+        rest = {name: part for name, part in parts.items() if name not in (own, "test")}
+        return {**rest, "test": parts[own]}
     if not _exists(config.test) and "/" not in config.test:
         what = f"`{config.test}` is neither a part of the source nor a path{suggestion(config.test, [*parts])}"
         raise PlanError.single("data.test", what)
@@ -128,8 +129,6 @@ def _tables(tables: Mapping[str, Table], config: DataConfig, subject: str, label
         name = SPLIT_NAMES.get(part, part)
         parts[name], found = table_part(table, config, subject, labelled=labelled)
         names = names or found
-        if config.test == part:  # the recipe says `test = "val"` in the words of the source
-            parts[part] = parts[name]
     return parts, names
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -56,6 +57,7 @@ class OnnxFacts:
     quantized: tuple[str, ...]  # quantized operator types found
     digest: str
     metadata: dict[str, str]
+    faults: tuple[str, ...] = ()  # what the ONNX checker minds and the runtime does not
 
 
 def read_onnx(path: Path) -> OnnxFacts:
@@ -78,6 +80,7 @@ def read_onnx(path: Path) -> OnnxFacts:
         quantized=tuple(kinds),
         digest=_digest(path, external),
         metadata={entry.key: entry.value for entry in model.metadata_props},
+        faults=(" ".join(found["fault"].split())[:300],) if found["fault"] else (),
     )
 
 
@@ -209,9 +212,14 @@ def _check_domains(model: Any, path: Path) -> None:
 
 
 def _probe(path: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "compressor.models.onnx_probe", str(path.resolve())]
+    # -P keeps the current folder off the import path: an `onnx.py` beside a stranger's model must not be run
+    command = [sys.executable, "-P", "-m", "compressor.models.onnx_probe", str(path.resolve())]
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False, env=environment
+        )
     except subprocess.TimeoutExpired as error:
         raise _broken(path, f"could not be checked within {PROBE_TIMEOUT_S} s", "Simplify the graph.") from error
     try:
@@ -250,7 +258,8 @@ def _specs(values: list[Any], path: Path, model: Any) -> tuple[TensorSpec, ...]:
             problems.append(Problem(f"`{name}`", "has no shape, not even a number of axes"))
             continue
         axes = tuple(
-            axis if isinstance(axis, int) and axis >= 0 else str(axis or f"dim{i}") for i, axis in enumerate(shape)
+            axis if isinstance(axis, int) and axis >= 0 else (f"dim{i}" if axis in (None, "", "?") else str(axis))
+            for i, axis in enumerate(shape)
         )
         specs.append(TensorSpec(name, dtype, axes))
     if problems:

@@ -32,6 +32,7 @@ def load_onnx(
     folder = source.path.resolve().parent
     beside = read_json(folder / "config.json")
     notes = [f"already quantized: {', '.join(facts.quantized)}"] if facts.quantized else []
+    notes += [f"the ONNX checker says: {fault}" for fault in facts.faults]
     preprocess, files, more = _preprocess(facts, folder, data, picture)
     task = config.task or infer_task(facts, preprocess)
     return LoadedModel(

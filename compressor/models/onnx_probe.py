@@ -1,7 +1,11 @@
 """Check an ONNX file in a process of its own: ``python -m compressor.models.onnx_probe MODEL``.
 
 The checker and ONNX Runtime are C++ code that reads a file nobody vouches for; if it crashes or hangs, only this child
-dies. Prints one JSON object: ``{"inputs": [...], "outputs": [...]}`` or ``{"error": kind, "message": text}``.
+dies. Prints one JSON object: ``{"inputs": [...], "outputs": [...], "fault": text}``, or ``{"error": kind, "message":
+text}``.
+
+A file that the checker faults but ONNX Runtime accepts is kept, with the fault as a note: files in the wild break rules
+that no runtime minds (an output without a shape, a node out of order).
 """
 
 from __future__ import annotations
@@ -16,10 +20,11 @@ def probe(path: str) -> dict[str, Any]:
     import onnx
     import onnxruntime
 
+    fault = ""
     try:
         onnx.checker.check_model(path)
     except onnx.checker.ValidationError as error:
-        return {"error": "checker", "message": str(error)}
+        fault = str(error)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
@@ -27,8 +32,9 @@ def probe(path: str) -> dict[str, Any]:
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # noqa: BLE001 - pybind raises eleven unrelated classes, all derived from Exception only
-        return {"error": type(error).__name__, "message": str(error)}
+        return {"error": type(error).__name__, "message": fault or str(error)}
     return {
+        "fault": fault,
         "inputs": [[value.name, value.type, value.shape] for value in session.get_inputs()],
         "outputs": [[value.name, value.type, value.shape] for value in session.get_outputs()],
     }
