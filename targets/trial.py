@@ -1,0 +1,182 @@
+"""What one candidate goes through on a profile: its predictions, its peak memory, its latency among the others."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compressor.errors import CompressError, RunError, sdk_errors
+from compressor.evaluate import EvalSet, fill_batch, fit_inputs, fixed_batch, predict
+from compressor.profile import HardwareProfile
+from compressor.types import Array, Artifact, Figure, Inputs, Measurement, Task, Unavailable
+from targets.base import Compiled, Session, TargetBackend
+from targets.clock import Clock, pinned
+from targets.measure import Measured, Settings, Timing, measure
+from targets.memory import peak_memory
+from targets.site import Site
+
+EVALUATION_BATCH = 64
+NOT_MEASURED = Unavailable("not measured")
+Event = Callable[[str, Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Validation chooses, test reports. ``latency_inputs`` are real samples of batch 1; ``labels`` are class names."""
+
+    task: Task
+    validation: EvalSet
+    test: EvalSet | None
+    labels: tuple[str, ...] = ()
+    latency_inputs: Sequence[Inputs] = ()
+
+
+@dataclass
+class Trial:
+    """One candidate on its way through the stages."""
+
+    artifact: Artifact
+    compiled: Compiled | None = None
+    failure: str = ""
+    validation: Array | None = None  # predictions
+    unscored: str = ""  # why there are no predictions
+    latency: Figure = NOT_MEASURED
+    speedup: Figure = NOT_MEASURED
+    memory: Figure = NOT_MEASURED
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What stays the same during one deployment, and the candidates on their way."""
+
+    profile: HardwareProfile
+    backend: TargetBackend
+    data: EvaluationData
+    out: Path
+    site: Site | None
+    cache: MutableMapping[str, Array]
+    settings: Settings
+    clock: Clock | None
+    event: Event
+    trials: list[Trial] = field(default_factory=list)
+
+
+def predictions(run: Deployment, trial: Trial, evalset: EvalSet) -> Array:
+    """The artifact's outputs on a set, from the cache or by running it. Raises :class:`RunError`."""
+    site, artifact = run.site, trial.artifact
+    if site is None or trial.compiled is None:
+        raise RunError("there is no runtime here that could run the file")
+    inputs_digest = getattr(evalset, "digest", None)
+    level = site.profile.runtime.graph_level
+    key = json.dumps(
+        [artifact.digest, site.key, level, run.profile.options if not site.stand_in else {}, inputs_digest]
+    )
+    if inputs_digest is not None and key in run.cache:
+        return run.cache[key]
+    with sdk_errors(RunError, f"run `{artifact.name}`"), site.open(trial.compiled) as session:
+        found = predict(session.run, evalset, EVALUATION_BATCH, specs=artifact.inputs)
+    if not np.isfinite(found).all():
+        raise RunError(f"`{artifact.name}` gives NaN or infinite outputs")
+    if inputs_digest is not None:
+        run.cache[key] = found
+    return found
+
+
+def reference_of(run: Deployment) -> Trial:
+    """Teacher, or the first candidate (the student's fp32 file) where there is none."""
+    return run.trials[0]
+
+
+# ---------------------------------------------------------------- latency and memory
+
+
+def measure_all(run: Deployment) -> list[str]:
+    """Memory and interleaved latency of everything that ran; returns notes for the report."""
+    site = run.site
+    running = [trial for trial in run.trials if trial.validation is not None]
+    if site is None or site.no_latency or not run.data.latency_inputs:
+        gone = Unavailable(site.no_latency if site and site.no_latency else "nothing to measure with")
+        for trial in run.trials:
+            trial.latency = trial.speedup = trial.memory = gone
+        return []
+    files = {trial.artifact.digest: trial for trial in reversed(running)}  # a file that has two roles is measured once
+    inputs = {digest: _latency_inputs(run, trial.artifact) for digest, trial in files.items()}
+    for digest, trial in files.items():
+        assert trial.compiled is not None
+        run.event("deploy", {"text": f"{run.profile.name}: memory of {trial.artifact.name}"})
+        trial.memory = peak_memory(run.backend.name, trial.compiled, run.profile, inputs[digest], site.device)
+    run.event("deploy", {"text": f"{run.profile.name}: timing {len(files)} files in turn"})
+    measured = _time(run, files, inputs)
+    for trial in running:
+        trial.memory = files[trial.artifact.digest].memory
+        if measured is not None and trial.artifact.digest in measured.timings:
+            _set_latency(run, trial, measured)
+    return [] if measured is None else [f"latency: {measured.contention.describe()}"]
+
+
+def _latency_inputs(run: Deployment, artifact: Artifact) -> list[dict[str, Array]]:
+    size = fixed_batch(artifact.inputs) or run.profile.runtime.batch
+    return [fill_batch(fit_inputs(sample, artifact.inputs), size) for sample in run.data.latency_inputs]
+
+
+def _time(run: Deployment, files: dict[str, Trial], inputs: dict[str, list[dict[str, Array]]]) -> Measured | None:
+    """All files in one process, interleaved; a file that breaks is left out and its row fails."""
+    assert run.site is not None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pinned(run.profile.runtime.threads))
+        runs: dict[str, Callable[[int], object]] = {}
+        for digest, trial in files.items():
+            assert trial.compiled is not None
+            samples = inputs[digest]
+            try:
+                session = stack.enter_context(run.site.open(trial.compiled))
+                with sdk_errors(RunError, f"run `{trial.artifact.name}`"):
+                    session.run(samples[0])
+            except CompressError as error:
+                trial.failure = str(error)
+                continue
+            runs[digest] = _cycle(session, samples)
+        if not runs:
+            return None
+        reference = reference_of(run).artifact.digest
+        first = reference if reference in runs else next(iter(runs))
+        with sdk_errors(RunError, "measure the latency"):
+            return measure(runs, first, len(run.data.latency_inputs), run.settings, run.clock)
+
+
+def _cycle(session: Session, samples: list[dict[str, Array]]) -> Callable[[int], object]:
+    call = session.run
+    return lambda index: call(samples[index])
+
+
+def _set_latency(run: Deployment, trial: Trial, measured: Measured) -> None:
+    assert run.site is not None
+    timing: Timing = measured.timings[trial.artifact.digest]
+    device, origin = run.site.device, run.site.origin
+    common: dict[str, float | int | str] = {"threads": run.profile.runtime.threads, "rounds": timing.rounds}
+    detail = common | {
+        "p90": timing.p90_ms,
+        "p95": timing.p95_ms,
+        "p99": timing.p99_ms,
+        "mean": timing.mean_ms,
+        "ci95_low": timing.ci95_low_ms,
+        "ci95_high": timing.ci95_high_ms,
+        "samples": timing.samples,
+        "batch": fixed_batch(trial.artifact.inputs) or run.profile.runtime.batch,
+        "preempted_share": timing.preempted_share,
+        "p99_with_preempted": timing.p99_all_ms,
+        "contention": measured.contention.describe(),
+    }
+    trial.latency = Measurement(timing.p50_ms, "ms", origin, device, detail)
+    teacher = reference_of(run).artifact
+    if measured.reference != teacher.digest or teacher.role != "teacher":
+        trial.speedup = Unavailable("there is no teacher file that runs here")
+        return
+    interval = {"ci95_low": timing.ratio_low, "ci95_high": timing.ratio_high}
+    trial.speedup = Measurement(timing.ratio, "x", origin, device, common | interval)
