@@ -178,9 +178,7 @@ class Bank:
             done.unlink(missing_ok=True)
             shape = self._shape(name)
             values = np.lib.format.open_memmap(path, "w+", dtype=self._layouts[name].dtype, shape=shape)
-            if hasattr(os, "posix_fallocate"):  # a memory map that outgrows the disk would kill the process
-                with path.open("r+b") as stream:
-                    os.posix_fallocate(stream.fileno(), 0, max(1, path.stat().st_size))
+            _reserve(path)
             marks = np.lib.format.open_memmap(done, "w+", dtype="|b1", shape=(-(-self._samples // CHUNK),))
             marks.flush()
             return values, marks
@@ -197,7 +195,8 @@ class Bank:
 
     def _write(self, name: str, file: Any, positions: Array, signal: Tensor, mask: Tensor | None) -> None:
         rows = samples_first(name, signal).float().numpy()
-        stored = rows.astype(self._layouts[name].dtype)
+        with np.errstate(over="ignore"):  # looked at in the next line
+            stored = rows.astype(self._layouts[name].dtype)
         if not np.isfinite(stored).all():
             raise StageError(
                 f"the teacher's `{name}` holds values that cannot be cached (not finite in {stored.dtype})",
@@ -234,6 +233,18 @@ class Bank:
                 rows = file[positions]
             found[name] = samples_back(name, torch.from_numpy(rows))
         return found
+
+
+def _reserve(path: Path) -> None:
+    """Take the disk space of a sparse file now: a memory map that outgrows the disk would kill the process."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        with path.open("r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, max(1, path.stat().st_size))
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _mark(files: Mapping[str, tuple[Any, Any]], chunks: int) -> None:

@@ -56,25 +56,18 @@ def same(a, b):
 
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path):
     """Death without warning in the first epoch (a checkpoint at every step) and in the last (one an epoch)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        toy.main(RICH, str(tmp_path / "calm"), -1)
-        killed = {die_at: tmp_path / f"killed-{die_at}" for die_at in (9, 22)}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(SCRIPT), json.dumps(RICH), str(folder), str(die_at)], cwd=ROOT, env=ENV
-            )
-            for die_at, folder in killed.items()
-        ]
-        assert [process.wait() for process in processes] == [9, 9]
-        for folder in killed.values():
-            toy.main(RICH, str(folder), -1)
-            calm, again = (torch.load(f / "student.pt", weights_only=True) for f in (tmp_path / "calm", folder))
-            assert all(torch.equal(calm[name], again[name]) for name in calm)
-            assert (folder / "history.json").read_text() == (tmp_path / "calm" / "history.json").read_text()
-    finally:
-        torch.set_num_threads(threads)
+    toy.main(RICH, str(tmp_path / "calm"), -1)
+    killed = {die_at: tmp_path / f"killed-{die_at}" for die_at in (9, 22)}
+    processes = [
+        subprocess.Popen([sys.executable, str(SCRIPT), json.dumps(RICH), str(folder), str(die_at)], cwd=ROOT, env=ENV)
+        for die_at, folder in killed.items()
+    ]
+    assert [process.wait() for process in processes] == [9, 9]
+    for folder in killed.values():
+        toy.main(RICH, str(folder), -1)
+        calm, again = (torch.load(f / "student.pt", weights_only=True) for f in (tmp_path / "calm", folder))
+        assert all(torch.equal(calm[name], again[name]) for name in calm)
+        assert (folder / "history.json").read_text() == (tmp_path / "calm" / "history.json").read_text()
 
 
 class StopError(Exception):

@@ -155,11 +155,19 @@ def main(settings: dict, folder: str, die_at: int) -> None:
     data, out = bundle(), Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     data.splits["train"].die_at = die_at
-    student = convnet(3, 5)
+    student, config = convnet(3, 5), DistilStage.model_validate(settings)
     result = distil(
-        student, convnet(8, 6), data, DistilStage.model_validate(settings), seed=3, work=out / "work", bank=out / "bank",
-        teacher_digest="t", signals={}, checkpoint_seconds=0.0 if die_at % 2 else 300.0,
-    )  # fmt: skip
+        student,
+        convnet(8, 6),
+        data,
+        config,
+        seed=3,
+        work=out / "work",
+        bank=out / "bank",
+        teacher_digest="t",
+        signals={},
+        checkpoint_seconds=0.0 if die_at % 2 else 300.0,
+    )
     torch.save(student.state_dict(), out / "student.pt")
     losses = [(record.loss, record.score, sorted(record.terms.items())) for record in result.history]
     (out / "history.json").write_text(json.dumps([result.best_epoch, result.steps, losses]))
