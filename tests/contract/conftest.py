@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from targets import registry
@@ -13,9 +11,9 @@ SEEN = pytest.StashKey[bool]()
 
 
 @pytest.fixture
-def exercised(request: pytest.FixtureRequest) -> Iterator[set[str]]:
+def exercised(request: pytest.FixtureRequest) -> set[str]:
     """Add a target's name once it really compiled something."""
-    yield request.config.stash.setdefault(EXERCISED, set())
+    return request.config.stash.setdefault(EXERCISED, set())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

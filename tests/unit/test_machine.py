@@ -13,7 +13,10 @@ from compressor.config import validate
 from compressor.machine import Machine, complete, detect, facts, features, parse_cpuinfo, usable_cores
 from compressor.profile import HardwareProfile
 
-X86 = "processor\t: 0\nmodel name\t: Intel(R) Xeon(R)\nflags\t\t: fpu avx2 fma avx512f avx512_vnni\n\nprocessor : 1\nmodel name : B\n"
+X86 = (
+    "processor\t: 0\nmodel name\t: Intel(R) Xeon(R)\nflags\t\t: fpu avx2 fma avx512f avx512_vnni\n\n"
+    "processor : 1\nmodel name : B\n"
+)
 A76 = "processor : 0\nFeatures : fp asimd asimdhp asimddp\nCPU implementer : 0x41\nCPU part : 0xd0b\n"
 
 HASWELL = Machine(

@@ -98,7 +98,7 @@ def artifact(
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> dict[str, Path]:
-    """``wide`` and ``fp32``; ``static`` (QDQ per channel), ``dynamic`` and ``weights`` (activations stay float) of ``fp32``."""
+    """``wide`` and ``fp32``; of the latter ``static`` (QDQ), ``dynamic`` and ``weights`` (activations stay float)."""
     folder = tmp_path_factory.mktemp("models")
     made = {"fp32": write_cnn(folder / "fp32.onnx"), "wide": write_cnn(folder / "wide.onnx", width=48)}
     made["static"] = folder / "static.onnx"

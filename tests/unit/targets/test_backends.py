@@ -43,7 +43,9 @@ def test_reference_names_the_node_it_does_not_know(tmp_path):
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.example", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "m.onnx")
     item = artifact(tmp_path / "m.onnx", "odd")
-    with pytest.raises(CompileError, match=r"node `block/gelu`: no reference implementation of com.example.FusedGelu"):
+    with pytest.raises(
+        CompileError, match=r"node `block/gelu`: no reference implementation of com\.example\.FusedGelu"
+    ):
         NumpyReference().compile(item, load_profile("numpy-reference"), tmp_path / "out")
 
 
@@ -63,7 +65,7 @@ def test_runtime_errors_are_ours(models, tmp_path):
         with pytest.raises(RunError):
             session.run({"wrong": images(1)})
     gone = Compiled(tmp_path / "gone.onnx", compiled.artifact, 0)
-    with pytest.raises(RunError, match="gone.onnx"), backend.open(gone, profile):
+    with pytest.raises(RunError, match=r"gone\.onnx"), backend.open(gone, profile):
         pass
 
 

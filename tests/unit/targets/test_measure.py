@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from targets.clock import SystemClock, pinned, real_time
-from targets.measure import Settings, measure
-from targets.statistics import median_interval, relative_half_width
+from targets.measure import Settings, measure, median_interval, relative_half_width
 
 NORMAL = Settings(priority="normal", min_rounds=8, max_rounds=16)
 
@@ -108,11 +107,13 @@ def test_all_candidates_of_a_round_run_the_same_input_so_lengths_cancel_out():
 def test_rounds_rotate_so_that_nobody_always_goes_first():
     clock = FakeClock()
     order = []
-    models = {name: (lambda i, name=name, run=clock.model(20.0): (order.append(name), run(i))) for name in "abc"}
+    run = clock.model(20.0)
+    models = {name: (lambda i, name=name: (order.append(name), run(i))) for name in "abc"}
     measure(models, "a", settings=Settings(priority="normal", min_rounds=6, max_rounds=6), clock=clock)
     turns = [name for index, name in enumerate(order) if index == 0 or order[index - 1] != name]
     assert {first for first in turns[3:]} == set("abc")
-    assert "ab" in "".join(turns) and "ba" in "".join(turns)
+    assert "ab" in "".join(turns)
+    assert "ba" in "".join(turns)
 
 
 def test_warm_up_goes_on_until_steady():
