@@ -44,14 +44,13 @@ PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type; PNG specificati
 def read_picture(path: Path) -> Array:
     """uint8 (height, width) or (height, width, 3). Pillow reads it when it is there, otherwise PNG, PGM and PPM."""
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError:
         return read_plainly(path)
     try:
-        with Image.open(path) as picture:
-            if picture.mode not in ("L", "RGB", "LA", "RGBA", "P", "CMYK", "YCbCr", "1"):
-                raise RefusalError(f"{path}: pictures of mode {picture.mode} are not 8-bit; convert it first")
-            return np.asarray(picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB"))
+        with Image.open(path) as opened:
+            picture = ImageOps.exif_transpose(opened)
+            return np.asarray(picture.convert("L" if picture.mode in ("1", "L", "I;16") else "RGB"))
     except OSError as error:
         raise RefusalError(f"{path}: {error}") from error
 
@@ -64,7 +63,7 @@ def read_plainly(path: Path) -> Array:
             return decode_png(data)
         if data[:2] in (b"P5", b"P6"):
             return decode_netpbm(data)
-    except (struct.error, zlib.error, ValueError, IndexError) as error:
+    except (struct.error, zlib.error, ValueError, IndexError, KeyError) as error:
         raise RefusalError(f"{path}: damaged picture ({error})") from error
     raise RefusalError(
         f"{path}: only .npy, PNG, PGM and PPM are read without Pillow; `pip install pillow` for the others"
@@ -105,7 +104,9 @@ def decode_png(data: bytes) -> Array:
     if colour == 3:
         palette: Array = np.frombuffer(dict(chunks)[b"PLTE"], np.uint8).reshape(-1, 3)
         pixels = palette[pixels[:, :, 0]]
-    return pixels[:, :, 0] if channels < 3 else pixels[:, :, :3]
+    if colour == 4:
+        return np.repeat(pixels[:, :, :1], 3, axis=2)
+    return pixels[:, :, 0] if colour == 0 else pixels[:, :, :3]
 
 
 def unfilter(lines: Array, step: int) -> Array:
@@ -209,15 +210,18 @@ def convolve(picture: Array, new: int, resample: str) -> Array:
     return out
 
 
-def picture_input(picture: Array, rules: dict[str, Any]) -> Array:
-    """One uint8 picture to float32 with a batch axis: resize, ``(pixel * scale - mean) / std``, layout."""
+def picture_input(picture: Array, rules: dict[str, Any], dtype: str = "float32") -> Array:
+    """One uint8 picture as the model's input with a batch axis: resize, ``(pixel * scale - mean) / std``, layout."""
     settings = rules["settings"]
     picture = to_channels(picture, settings.get("channels"))
     if settings.get("size"):
         picture = resize(picture, settings["size"], rules.get("resample", "bilinear"))
     mean, std = (np.asarray(settings[key], np.float32) for key in ("mean", "std"))
-    scaled = (picture.astype(np.float32) * np.float32(settings["scale"]) - mean) / std
-    return np.ascontiguousarray(scaled.transpose(2, 0, 1) if settings["layout"] == "NCHW" else scaled)[None]
+    scaled: Array = (picture.astype(np.float32) * np.float32(settings["scale"]) - mean) / std
+    if np.dtype(dtype).kind != "f":
+        scaled = np.clip(np.rint(scaled), 0, 255)
+    ordered = scaled.transpose(2, 0, 1) if settings["layout"] == "NCHW" else scaled
+    return np.ascontiguousarray(ordered.astype(dtype))[None]
 
 
 # ---------------------------------------------------------------------------------------------------- text
@@ -467,6 +471,24 @@ def text_input(ids: list[int], types: list[int], manifest: dict[str, Any]) -> di
 # ---------------------------------------------------------------------------------------------------- the package
 
 
+def open_session(path: Path, runtime: dict[str, Any]) -> Any:
+    """An ONNX Runtime session on the CPU with these threads, graph level and arena."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise RefusalError("onnxruntime is not installed; `pip install onnxruntime numpy`") from None
+    level = {"disabled": "DISABLE_ALL", "basic": "ENABLE_BASIC", "extended": "ENABLE_EXTENDED"}
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = runtime["threads"]
+    options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = runtime["arena"]
+    options.graph_optimization_level = getattr(
+        onnxruntime.GraphOptimizationLevel, f"ORT_{level.get(runtime['graph_level'], 'ENABLE_ALL')}"
+    )
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
 class Package:
     """The files beside this one."""
 
@@ -486,27 +508,14 @@ class Package:
         """An ONNX Runtime session set up as it was when the figures were taken."""
         model, runtime = self.manifest["model"], self.manifest["runtime"]
         name = model["file"]
-        if model["format"] != "onnx":
+        if model["format"] not in ("onnx", "ort"):
             if not portable:
                 raise RefusalError(
                     f"{name} is for {model['runtime']}, which this script does not drive; see README.md. "
                     f"`--portable` runs {model['portable']} with ONNX Runtime instead: same task, other speed"
                 )
             name = model["portable"]
-        try:
-            import onnxruntime
-        except ImportError:
-            raise RefusalError("onnxruntime is not installed; `pip install onnxruntime numpy`") from None
-        level = {"disabled": "DISABLE_ALL", "basic": "ENABLE_BASIC", "extended": "ENABLE_EXTENDED"}
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads or runtime["threads"]
-        options.inter_op_num_threads = 1
-        options.enable_cpu_mem_arena = runtime["arena"]
-        options.graph_optimization_level = getattr(
-            onnxruntime.GraphOptimizationLevel, f"ORT_{level.get(runtime['graph_level'], 'ENABLE_ALL')}"
-        )
-        return onnxruntime.InferenceSession(str(self.folder / name), options, providers=["CPUExecutionProvider"])
+        return open_session(self.folder / name, {**runtime, "threads": threads or runtime["threads"]})
 
     def tokens(self, text: str) -> dict[str, Array]:
         rules = self.manifest["preprocess"]
@@ -528,7 +537,8 @@ class Package:
             raise RefusalError(f"{argument}: this model takes .npy (one input) or .npz (arrays by input name)")
 
     def picture(self, pixels: Array) -> dict[str, Array]:
-        return {self.manifest["inputs"][0]["name"]: picture_input(pixels, self.manifest["preprocess"])}
+        spec = self.manifest["inputs"][0]
+        return {spec["name"]: picture_input(pixels, self.manifest["preprocess"], spec["dtype"])}
 
     def arrays(self, path: Path) -> Iterator[tuple[str, dict[str, Array]]]:
         """uint8 arrays are pictures where the model takes pictures; everything else goes in as it is."""
@@ -580,9 +590,10 @@ def read_lines(argument: str) -> list[str]:
 def answer(outputs: dict[str, Array], manifest: dict[str, Any], top: int) -> dict[str, Any]:
     """What the outputs of one input mean for the task."""
     first = np.asarray(next(iter(outputs.values())), np.float64)[0]
-    if manifest["postprocess"]["kind"] == "softmax":
-        shifted = np.exp(first - first.max())
-        shares = shifted / shifted.sum()
+    kind = manifest["postprocess"]["kind"]
+    if kind in ("softmax", "probabilities"):
+        shifted = np.exp(first - first.max()) if kind == "softmax" else first
+        shares = shifted / shifted.sum() if kind == "softmax" else first
         order = np.argsort(-shares, kind="stable")[:top]
         labels = manifest["labels"]
         named = [labels[index] if index < len(labels) else str(index) for index in order.tolist()]
@@ -590,7 +601,7 @@ def answer(outputs: dict[str, Array], manifest: dict[str, Any], top: int) -> dic
             "label": named[0],
             "scores": {name: float(shares[index]) for name, index in zip(named, order, strict=True)},
         }
-    if manifest["postprocess"]["kind"] == "embedding":
+    if kind == "embedding":
         return {"embedding": first.tolist()}
     return {"outputs": {name: np.asarray(value)[0].tolist() for name, value in outputs.items()}}
 

@@ -14,14 +14,14 @@ from targets.report.table import HEADERS, headline, profile_rows
 def to_markdown(summary: RunSummary) -> str:
     """The report as GitHub-flavoured Markdown. Text from outside is escaped, so that no name can form markup."""
     lines = [
-        f"# {_escape(summary.name)}",
+        f"# {escape(summary.name)}",
         "",
-        f"{_escape(summary.task)}, {summary.created}: `{_code(summary.command)}`",
+        f"{escape(summary.task)}, {summary.created}: `{_code(summary.command)}`",
         "",
     ]
-    lines += [f"> **Warning:** {_escape(warning)}" for warning in summary.warnings]
+    lines += [f"> **Warning:** {escape(warning)}" for warning in summary.warnings]
     lines += [""] if summary.warnings else []
-    lines += [f"- {_escape(headline(outcome, summary.metric))}" for outcome in summary.outcomes]
+    lines += [f"- {escape(headline(outcome, summary.metric))}" for outcome in summary.outcomes]
     for outcome in summary.outcomes:
         lines += ["", *_profile(outcome, summary)]
     lines += _twins(summary) + _rejected(summary) + _parity(summary) + _layers(summary) + _data(summary)
@@ -30,17 +30,17 @@ def to_markdown(summary: RunSummary) -> str:
 
 def _profile(outcome: ProfileOutcome, summary: RunSummary) -> list[str]:
     state = "target missing" if outcome.missing else "promise kept" if outcome.kept else "promise missed"
-    lines = [f"## {_escape(outcome.title)} (`{_code(outcome.profile)}`): {state}", ""]
-    lines += [f"Target `{_code(outcome.target)}`, device: {_escape(outcome.device)}. {_escape(outcome.verdict)}", ""]
+    lines = [f"## {escape(outcome.title)} (`{_code(outcome.profile)}`): {state}", ""]
+    lines += [f"Target `{_code(outcome.target)}`, device: {escape(outcome.device)}. {escape(outcome.verdict)}", ""]
     if outcome.missing:
-        lines += [f"Missing: {_escape(outcome.missing)}", ""]
+        lines += [f"Missing: {escape(outcome.missing)}", ""]
     cells = [row[1:] for row in profile_rows(outcome, summary.metric)]
-    lines += _table(HEADERS[1:], cells)
+    lines += markdown_table(HEADERS[1:], cells)
     for row in outcome.rows:
         floats = row.coverage.left_float if row.coverage is not None else ()
         reasons = "; ".join(f"{fact.name} ({fact.operator}): {fact.reason or 'not stated'}" for fact in floats)
-        lines += ["", f"Left float in {_escape(row.artifact.name)}: {_escape(reasons)}."] if reasons else []
-    return lines + [line for note in outcome.notes for line in ("", _escape(note))]
+        lines += ["", f"Left float in {escape(row.artifact.name)}: {escape(reasons)}."] if reasons else []
+    return lines + [line for note in outcome.notes for line in ("", escape(note))]
 
 
 def _twins(summary: RunSummary) -> list[str]:
@@ -48,14 +48,14 @@ def _twins(summary: RunSummary) -> list[str]:
     lines = ["", "## What distillation bought", ""]
     if not found:
         return [*lines, "No null twin was trained in this run, so that this question stays open."]
-    return lines + [f"- {_escape(verdict.profile)}: {_escape(verdict.sentence)}" for verdict in found]
+    return lines + [f"- {escape(verdict.profile)}: {escape(verdict.sentence)}" for verdict in found]
 
 
 def _rejected(summary: RunSummary) -> list[str]:
     if not summary.rejected:
         return []
     rows = [[name, reason or "not stated"] for name, reason in summary.rejected.items()]
-    return ["", "## Variants that were never built", "", *_table(["variant", "reason"], rows)]
+    return ["", "## Variants that were never built", "", *markdown_table(["variant", "reason"], rows)]
 
 
 def _parity(summary: RunSummary) -> list[str]:
@@ -73,7 +73,7 @@ def _parity(summary: RunSummary) -> list[str]:
         for row in summary.parity
     ]
     headers = ["artifact", "output", "worst difference", "tolerance", "samples", "verdict"]
-    return ["", "## Parity of the export", "", *_table(headers, rows)]
+    return ["", "## Parity of the export", "", *markdown_table(headers, rows)]
 
 
 def _layers(summary: RunSummary) -> list[str]:
@@ -81,14 +81,21 @@ def _layers(summary: RunSummary) -> list[str]:
     if not groups:
         return []
     rows = [[group.title, ", ".join(f"{count} {action}" for action, count in group.counts)] for group in groups]
-    return ["", "## Layers", "", *_table(["stage or file", "layers"], rows), "", "Layer by layer: `report.html`."]
+    return [
+        "",
+        "## Layers",
+        "",
+        *markdown_table(["stage or file", "layers"], rows),
+        "",
+        "Layer by layer: `report.html`.",
+    ]
 
 
 def _data(summary: RunSummary) -> list[str]:
     data = summary.data
     rows = [[split, f"{size:,}", data.digests.get(split, "not recorded")] for split, size in data.sizes.items()]
-    lines = ["", "## Data", "", f"{_escape(data.source)}; {data.duplicates_dropped:,} duplicates dropped.", ""]
-    return lines + _table(["split", "samples", "digest"], rows) + [f"\n{_escape(note)}" for note in data.notes]
+    lines = ["", "## Data", "", f"{escape(data.source)}; {data.duplicates_dropped:,} duplicates dropped.", ""]
+    return lines + markdown_table(["split", "samples", "digest"], rows) + [f"\n{escape(note)}" for note in data.notes]
 
 
 def _provenance(summary: RunSummary) -> list[str]:
@@ -100,16 +107,16 @@ def _provenance(summary: RunSummary) -> list[str]:
 
 def _pairs(values: Mapping[str, str]) -> str:
     return (
-        "; ".join(f"{_escape(key)} {_escape(value or 'not stated')}" for key, value in values.items()) or "not recorded"
+        "; ".join(f"{escape(key)} {escape(value or 'not stated')}" for key, value in values.items()) or "not recorded"
     )
 
 
-def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     lines = ["| " + " | ".join(headers) + " |", "|" + " --- |" * len(headers)]
-    return lines + ["| " + " | ".join(_escape(cell) for cell in row) + " |" for row in rows]
+    return lines + ["| " + " | ".join(escape(cell) for cell in row) + " |" for row in rows]
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """Neutralise what Markdown or its HTML could act on; keep it on one line."""
     flat = " ".join(str(text).split())
     for character in "\\`*_[]|":

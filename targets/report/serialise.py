@@ -18,8 +18,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from compressor.errors import ConfigError, Problem
-from compressor.types import Figure, Measurement, Unavailable
-from targets.outcome import ParityRow, Row, RunSummary
+from compressor.types import Figure, Measurement, Unavailable, write_atomic
+from targets.outcome import ParityRow, ProfileOutcome, Row, RunSummary
 
 SCHEMA_VERSION = "1.0"
 _SUBJECT = "report.json"
@@ -206,3 +206,24 @@ def _map_paths(data: dict[str, Any], change: Callable[[str], str]) -> None:
             apply(compiled["artifact"], "path")
             apply(compiled, "path")
             compiled["extra_files"] = [change(path) for path in compiled.get("extra_files", [])]
+
+
+def write_outcome(path: Path, outcome: ProfileOutcome, key: str) -> None:
+    """Keep the outcome of one profile under its content address; paths are relative to the file's folder."""
+    holder: dict[str, Any] = {"outcomes": [TypeAdapter(ProfileOutcome).dump_python(outcome, mode="json")]}
+    _map_paths(holder, _relative_to(path.parent))
+    document = {"schema_version": SCHEMA_VERSION, "key": key, **_share_artifacts(holder)}
+    write_atomic(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_outcome(path: Path, key: str) -> ProfileOutcome | None:
+    """The outcome that :func:`write_outcome` kept, or None: not there, damaged, or made from something else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.pop("key") != key or data.pop("schema_version") != SCHEMA_VERSION:
+            return None
+        _place_artifacts(data)
+        _map_paths(data, lambda name: os.path.normpath(path.parent.absolute() / name))
+        return TypeAdapter(ProfileOutcome).validate_python(data["outcomes"][0])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return None

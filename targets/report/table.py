@@ -26,6 +26,11 @@ HEADERS = [
 ]
 
 
+def headers(_summary: RunSummary | None = None) -> list[str]:
+    """Column names of :func:`rows`."""
+    return list(HEADERS)
+
+
 def rows(summary: RunSummary) -> list[list[str]]:
     """One list of cells per artifact and profile, in the order of :data:`HEADERS`. No cell is empty."""
     return [cells for outcome in summary.outcomes for cells in profile_rows(outcome, summary.metric)]

@@ -17,10 +17,11 @@ from targets.package.infer import RefusalError, WordPiece, is_plain, load_tokeni
 
 tokenizers = pytest.importorskip("tokenizers", reason="the tokenizers library is the reference")
 
-WORDS = """the a of and to in is was it for on that with as film movie plot actor good bad great terrible un ##able
+TEXT = """the a of and to in is was it for on that with as film movie plot actor good bad great terrible un ##able
 ##s ##ed ##ing ##er ##est ##ly ##ness re ##do do run dog cat cafe naive resume uber strasse αβγ σ ##σ привет мир
-你 好 世 界 日 本 語 한 ᄒ ##ᅡ 🙂 👍 ! " # $ % & ' ( ) * + , - . / : ; < = > ? @ [ \\ ] ^ _ ` { | } ~ … — ’ “ ” € £ ™ 1 2 3 ##1
-##2 2024 i ##i ##̇ ß ##ß æ œ""".split()
+你 好 世 界 日 本 語 한 ᄒ ##ᅡ 🙂 👍 ! " # $ % & ' ( ) * + , - . / : ; < = > ? @ [ \\ ] ^ _ ` { | } ~ … — ’ “ ” € £ ™
+1 2 3 ##1 ##2 2024 i ##i ##̇ ß ##ß æ œ"""
+WORDS = TEXT.split()
 NASTY = [
     "",
     " ",
@@ -127,7 +128,7 @@ OURS = WordPiece(specification())
 KNOWN = [chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) not in ("Cn", "Cs")]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.text(st.sampled_from(KNOWN), max_size=40) | st.text("the filmédog.,!?[MASK]🙂你 \t", max_size=60))
 def test_any_string_gives_the_ids_of_the_library(text: str) -> None:
     assert OURS.encode(text, 10_000) == LIBRARY.encode(text).ids
@@ -136,7 +137,10 @@ def test_any_string_gives_the_ids_of_the_library(text: str) -> None:
 def test_every_code_point_is_treated_as_the_library_treats_it() -> None:
     """Between two letters, so that dropping, splitting and joining all show."""
     bad = []
+    dull = ("Lo", "Co")  # 270,000 ideographs, syllables and private characters: one in sixteen will do
     for character in KNOWN:
+        if unicodedata.category(character) in dull and ord(character) % 16:
+            continue
         text = f"a{character}b"
         wanted = [word for word, _ in LIBRARY.pre_tokenizer.pre_tokenize_str(LIBRARY.normalizer.normalize_str(text))]
         if list(OURS.words(text)) != wanted:
@@ -162,7 +166,9 @@ def test_a_real_vocabulary_on_real_text() -> None:
     library.no_padding()
     library.enable_truncation(64)
     ours = WordPiece(json.loads(text))
-    pages = "\n".join(path.read_text(encoding="utf-8") for path in sorted(Path(infer.__file__).parents[2].glob("docs/*.md")))
+    pages = "\n".join(
+        path.read_text(encoding="utf-8") for path in sorted(Path(infer.__file__).parents[2].glob("docs/*.md"))
+    )
     for line in [*NASTY, *(line for line in pages.splitlines() if line.strip())][:600]:
         assert ours.encode(line, 64) == library.encode(line).ids, repr(line)
 

@@ -17,7 +17,8 @@ from compressor.errors import ConfigError
 from compressor.types import Artifact, Measurement, Origin, Unavailable
 from targets.outcome import ParityRow, RunSummary
 from targets.report import from_json, read_report, to_html, to_json, to_markdown, write_report
-from targets.report.table import HEADERS, headline, rows
+from targets.report.serialise import read_outcome, write_outcome
+from targets.report.table import HEADERS, headers, headline, rows
 from tools.generate_report_schema import PATH, text
 
 ROOT = Path(__file__).parents[4]
@@ -118,6 +119,19 @@ def test_written_files_render_again_without_computing(summary: RunSummary, tmp_p
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
     with pytest.raises(ConfigError, match="cannot be read"):
         read_report(tmp_path / "nowhere")
+
+
+def test_an_outcome_is_kept_under_its_key(summary: RunSummary, tmp_path: Path) -> None:
+    path = tmp_path / "targets" / "this-machine" / "outcome.json"
+    for outcome in summary.outcomes:
+        write_outcome(path, outcome, "key")
+        assert str(tmp_path) not in path.read_text(encoding="utf-8")
+        assert read_outcome(path, "key") == outcome
+        assert read_outcome(path, "another") is None
+    path.write_text(path.read_text(encoding="utf-8")[:-9], encoding="utf-8")
+    assert read_outcome(path, "key") is None
+    assert read_outcome(tmp_path / "nothing", "key") is None
+    assert headers(summary) == HEADERS
 
 
 def test_every_cell_says_something(summary: RunSummary) -> None:
