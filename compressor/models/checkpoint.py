@@ -271,17 +271,7 @@ def _tokenizer(checkpoint: _Checkpoint, model: Any, data: DataConfig) -> tuple[T
             f"`{checkpoint.source.name}`", "tokenizer", f"cannot be loaded: {_first_line(error)}"
         ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    file = folder / TOKENIZER_FILE
-    if file.is_file():
-        text = file.read_text(encoding="utf-8")
-    elif backend is not None:
-        text = backend.to_str()
-    else:
-        raise PlanError.single(
-            "teacher.model",
-            f"`{checkpoint.source.name}` has only a slow tokenizer",
-            hint="Save a fast one (tokenizer.json).",
-        )
+    text = _tokenizer_text(checkpoint, backend)
     accepted = inspect.signature(model.forward).parameters
     produced = {*tokenizer.model_input_names, "attention_mask"}
     names = tuple(name for name in TEXT_INPUTS if name in accepted and name in produced)
@@ -299,6 +289,17 @@ def _tokenizer(checkpoint: _Checkpoint, model: Any, data: DataConfig) -> tuple[T
         else getattr(model.config, "pad_token_id", 0),
     )
     return preprocess, bare_tokenizer(text, f"`{checkpoint.source.name}`")
+
+
+def _tokenizer_text(checkpoint: _Checkpoint, backend: Any) -> str:
+    """The text of tokenizer.json: the file itself where there is one, as the teacher was trained with it."""
+    file = checkpoint.source.path / TOKENIZER_FILE
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    if backend is not None:
+        return str(backend.to_str())
+    what = f"`{checkpoint.source.name}` has only a slow tokenizer"
+    raise PlanError.single("teacher.model", what, hint="Save a fast one (tokenizer.json).")
 
 
 def _dummy_inputs(model: Any, names: tuple[str, ...], task: str) -> dict[str, Any]:

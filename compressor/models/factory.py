@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -67,13 +67,31 @@ def load_factory(
     Without a sample, ``data.preprocess`` must give ``size`` and ``channels``. Raises :class:`ConfigError` when the
     factory is at fault, :class:`PlanError` when module and data do not fit together.
     """
-    import torch
-
     from compressor.models.wrappers import state_digest
 
     data = data or DataConfig()
     module = build(factory)
     preprocess, arrays, notes = _first_input(module, factory, data, sample)
+    out = _run_once(module, arrays, factory)
+    task = config.task or _task(preprocess, out.ndim)
+    count = int(out.shape[-1])
+    return LoadedModel(
+        kind="factory",
+        task=task,
+        module=module,
+        onnx=None,
+        inputs=tuple(TensorSpec(name, array.dtype.name, ("batch", *array.shape[1:])) for name, array in arrays.items()),
+        outputs=(TensorSpec(_output_name(task), "float32", ("batch", *(int(size) for size in out.shape[1:]))),),
+        labels=_labels(task, data, count, factory),
+        preprocess=preprocess,
+        provenance=Provenance(source=factory, digest=state_digest(module), licence=config.licence, notes=tuple(notes)),
+    )
+
+
+def _run_once(module: nn.Module, arrays: Mapping[str, Array], factory: str) -> Any:
+    """The module's output for a batch of two samples; it must be one tensor with a batch axis."""
+    import torch
+
     try:
         with torch.inference_mode():
             out = module(**{name: torch.from_numpy(array) for name, array in arrays.items()})
@@ -91,19 +109,7 @@ def load_factory(
             f"its module returns a {type(out).__name__}, not one tensor (N, ...)",
             hint="Return logits only.",
         )
-    task = config.task or _task(preprocess, out.ndim)
-    count = int(out.shape[-1])
-    return LoadedModel(
-        kind="factory",
-        task=task,
-        module=module,
-        onnx=None,
-        inputs=tuple(TensorSpec(name, array.dtype.name, ("batch", *array.shape[1:])) for name, array in arrays.items()),
-        outputs=(TensorSpec(_output_name(task), "float32", ("batch", *(int(size) for size in out.shape[1:]))),),
-        labels=_labels(task, data, count, factory),
-        preprocess=preprocess,
-        provenance=Provenance(source=factory, digest=state_digest(module), licence=config.licence, notes=tuple(notes)),
-    )
+    return out
 
 
 def _task(preprocess: ImageInput | RawInput, rank: int) -> Task:
