@@ -108,7 +108,7 @@ def _probe(student: nn.Module, inputs: Mapping[str, Tensor], device: Any, channe
             with numerics.autocast(device):
                 output = trial(**placed)
             output.float().square().mean().backward()
-            float(output.flatten()[0])  # waits for a GPU
+            float(output.detach().flatten()[0])  # waits for a GPU
             taken = time.perf_counter() - start
             if round_:  # the first round warms up
                 best[dtype] = min(best.get(dtype, taken), taken)
