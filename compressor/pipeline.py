@@ -273,7 +273,9 @@ class Pipeline:
         )  # fmt: skip
 
     def _export_to(self, line: Line, folder: Path) -> StageOutput:
-        from compressor.export import export_onnx, optimise, verify
+        from compressor.export.onnx import export_onnx
+        from compressor.export.optimise import optimise
+        from compressor.export.verify import verify
         from compressor.models.onnx_facts import describe
 
         module = line.load().eval()

@@ -94,10 +94,13 @@ def steps_of(recipe: Recipe, kind: str) -> tuple[str, ...]:
                 if recipe.null_twin:
                     lines.append(f"null twin: {stage.epochs} epochs with labels only, same student, steps, data and seeds")
             case QuantizeStage():
-                lines.append(f"quantize: {', '.join(stage.engines)}, {stage.samples} calibration samples")
+                pass
     if kind != "onnx":
         lines.append("export: ONNX, optimise, check parity")
-    return tuple(lines)
+    for stage in recipe.stage:
+        if isinstance(stage, QuantizeStage):
+            lines.append(f"quantize, for each target's rules: {', '.join(stage.engines)}, {stage.samples} calibration samples")
+    return (*lines, "per profile: compile, run, measure, gate, package")
 
 
 def _settings(stage: StudentStage | PruneStage) -> str:

@@ -120,21 +120,26 @@ def default_stages(recipe: Recipe, model: LoadedModel) -> Recipe:
 
 def open_session(request: Request) -> Session:
     """Load, check and join everything; raises one error with every problem found."""
-    from compressor.data import load_data
+    from compressor.data import load_data, read_raw
     from compressor.models import load_model
 
     recipe = recipe_of(request)
     profiles = _load_profiles(recipe)
-    model = load_model(
-        recipe.teacher, factory=request.factory, data=recipe.data, allow_remote_code=request.trust_remote_code
-    )
-    recipe = default_stages(recipe, model)
     if recipe.data.source is None and request.loader is None:
         raise PlanError.single("data.source", "is required", hint="Give `[data] source` in the recipe, or --data.")
+    raw = read_raw(recipe.data, loader=request.loader)
+    model = load_model(
+        recipe.teacher,
+        factory=request.factory,
+        data=recipe.data,
+        allow_remote_code=request.trust_remote_code,
+        sample=raw.sample,
+    )
+    recipe = default_stages(recipe, model)
     problems = recipe_problems(recipe, model.kind, _objective_names())
     data: DataBundle | None = None
     try:
-        data = load_data(recipe.data, model, loader=request.loader, seed=recipe.seed)
+        data = load_data(recipe.data, model, seed=recipe.seed, raw=raw)
     except ProblemList as error:
         problems += error.problems
     if data is not None and model.module is not None and not problems:
