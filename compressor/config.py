@@ -51,7 +51,9 @@ def validate(model: type[Model], data: dict[str, Any], subject: str) -> Model:
 
 def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
     """Pydantic's errors in the words of this project."""
-    return [Problem(".".join(str(part) for part in item["loc"]) or "file", _say(item, model)) for item in error.errors()]
+    return [
+        Problem(".".join(str(part) for part in item["loc"]) or "file", _say(item, model)) for item in error.errors()
+    ]
 
 
 def _say(item: Any, model: type[BaseModel]) -> str:
@@ -62,7 +64,8 @@ def _say(item: Any, model: type[BaseModel]) -> str:
         return "is required"
     if kind == "union_tag_invalid":
         known = [word.strip(" '") for word in str(context.get("expected_tags", "")).split(",")]
-        return f"unknown kind `{context.get('tag')}`{suggestion(str(context.get('tag')), known)}; one of {', '.join(known)}"
+        near = suggestion(str(context.get("tag")), known)
+        return f"unknown kind `{context.get('tag')}`{near}; one of {', '.join(known)}"
     if kind == "union_tag_not_found":
         return f"needs a `{str(context.get('discriminator')).strip(chr(39))}`"
     if kind == "literal_error":

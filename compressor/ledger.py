@@ -113,8 +113,11 @@ class Ledger:
         if result is None:
             with self._lock(final, name):
                 result = self._stored(name, digest, final) or self._do(name, digest, final, work, resumable)
-        self.results.append(result)
-        self.on_event("stage-done", {"stage": name, "key": digest[:16], "reused": result.reused, "seconds": result.seconds})
+        if all(known.key != result.key for known in self.results):  # profiles with equal rules share a stage
+            self.results.append(result)
+        self.on_event(
+            "stage-done", {"stage": name, "key": digest[:16], "reused": result.reused, "seconds": result.seconds}
+        )
         return result
 
     def _stored(self, name: str, digest: str, final: Path) -> StageResult | None:
@@ -172,7 +175,7 @@ class Ledger:
         }
         write_atomic(partial / RESULT, json.dumps(record, indent=1, sort_keys=True))
         shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
+        partial.replace(final)
 
     @contextmanager
     def _lock(self, final: Path, name: str) -> Iterator[None]:
@@ -198,7 +201,7 @@ def disk_errors(doing: str) -> Iterator[None]:
             raise
         raise StageError(
             f"the disk is full while writing stage `{doing}`",
-            hint="Free space or give another folder with `--out`; finished stages are kept and the same command resumes.",
+            hint="Free space or give another `--out`; finished stages are kept and the same command resumes.",
         ) from error
 
 

@@ -310,7 +310,7 @@ class Pipeline:
         return next((stage for stage in self.recipe.stage if isinstance(stage, QuantizeStage)), None)
 
     def variants(self, student: Artifact, profile: HardwareProfile) -> tuple[tuple[Artifact, ...], Mapping[str, str]]:
-        """The int8 candidates of a profile, quantized once for all profiles with the same rules, and what was not made."""
+        """The int8 candidates of a profile, quantized once for equal rules, and what was not made."""
         from compressor.models.onnx_facts import describe
         from compressor.quantize import variants
 
@@ -345,8 +345,8 @@ class Pipeline:
         scheme = json.loads((result.folder / "scheme.json").read_text())
         path = result.folder / MODEL_FILE
         return Artifact(
-            f"student/{variant.name}", "student", path, Format.ONNX, scheme.pop("precision"), student.inputs, student.outputs,
-            file_digest(path), student.parameters, scheme, result.facts,
+            f"student/{variant.name}", "student", path, Format.ONNX, scheme.pop("precision"), student.inputs,
+            student.outputs, file_digest(path), student.parameters, scheme, result.facts,
         )  # fmt: skip
 
     def _quantize_to(

@@ -65,7 +65,9 @@ def recipe_problems(recipe: Recipe, kind: str, objectives: Sequence[str]) -> lis
             problems += _objective_problems(stage, where, objectives)
     positions = [type(stage) for stage in recipe.stage]
     if QuantizeStage in positions and positions.index(QuantizeStage) != len(positions) - 1:
-        problems.append(Problem("stage", "`quantize` must be the last stage: nothing can train or cut a quantized file"))
+        problems.append(
+            Problem("stage", "`quantize` must be the last stage: nothing can train or cut a quantized file")
+        )
     if positions.count(StudentStage) > 1:
         problems.append(Problem("stage", "more than one `student` stage"))
     return problems
@@ -73,7 +75,9 @@ def recipe_problems(recipe: Recipe, kind: str, objectives: Sequence[str]) -> lis
 
 def _objective_problems(stage: DistilStage, where: str, known: Sequence[str]) -> list[Problem]:
     return [
-        Problem(f"{where}.objective.{number}.use", f"unknown objective `{item.use}`{suggestion(item.use, tuple(known))}")
+        Problem(
+            f"{where}.objective.{number}.use", f"unknown objective `{item.use}`{suggestion(item.use, tuple(known))}"
+        )
         for number, item in enumerate(stage.objective)
         if item.use not in known
     ]
@@ -81,7 +85,11 @@ def _objective_problems(stage: DistilStage, where: str, known: Sequence[str]) ->
 
 def steps_of(recipe: Recipe, kind: str) -> tuple[str, ...]:
     """The stages in words, in the order they run."""
-    lines = ["teacher: load, export to ONNX, optimise, check parity"] if kind != "onnx" else ["teacher: check the ONNX file"]
+    lines = (
+        ["teacher: load, export to ONNX, optimise, check parity"]
+        if kind != "onnx"
+        else ["teacher: check the ONNX file"]
+    )
     for stage in recipe.stage:
         match stage:
             case StudentStage():
@@ -92,14 +100,18 @@ def steps_of(recipe: Recipe, kind: str) -> tuple[str, ...]:
                 objectives = ", ".join(item.use for item in stage.objective) or "labels only"
                 lines.append(f"distil: {stage.epochs} epochs, labels x{stage.labels:g} + {objectives}")
                 if recipe.null_twin:
-                    lines.append(f"null twin: {stage.epochs} epochs with labels only, same student, steps, data and seeds")
+                    lines.append(
+                        f"null twin: {stage.epochs} epochs with labels only, same student, steps, data and seeds"
+                    )
             case QuantizeStage():
                 pass
     if kind != "onnx":
         lines.append("export: ONNX, optimise, check parity")
     for stage in recipe.stage:
         if isinstance(stage, QuantizeStage):
-            lines.append(f"quantize, for each target's rules: {', '.join(stage.engines)}, {stage.samples} calibration samples")
+            lines.append(
+                f"quantize, for each target's rules: {', '.join(stage.engines)}, {stage.samples} calibration samples"
+            )
     return (*lines, "per profile: compile, run, measure, gate, package")
 
 
@@ -114,7 +126,9 @@ def profile_plan(
     """Say where each figure of a profile will come from."""
     if not target.ready:
         gone = f"unavailable: {target.reason}"
-        return ProfilePlan(profile.name, profile.target, gone, gone, (), rejected, missing=f"{target.reason}. {target.hint}")
+        return ProfilePlan(
+            profile.name, profile.target, gone, gone, (), rejected, missing=f"{target.reason}. {target.hint}"
+        )
     here = profile.here == "this-machine"
     if target.runs is None:
         accuracy, latency = "proxy (ONNX Runtime on this machine)", f"unavailable: {target.reason}"

@@ -1,6 +1,6 @@
 """The recipe: what to compress, with which data, by which stages, and what loss is acceptable.
 
-Data only: no Python path, import or expression ever stands in a recipe. ``docs/recipe.md`` is generated from these models.
+Data only: no Python path, import or expression ever stands in a recipe. ``docs/recipe.md`` is generated from here.
 """
 
 from __future__ import annotations

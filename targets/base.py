@@ -1,4 +1,4 @@
-"""The interface of a target back end. ``backends/numpy_reference.py`` is the smallest one: template and documentation."""
+"""The interface of a target back end. ``backends/numpy_reference.py`` is the smallest: template and example."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Session(Protocol):
 
 
 class TargetBackend(abc.ABC):
-    """One runtime or compiler. SDK imports stand inside the methods; nothing here measures time (``measure.py`` does)."""
+    """One runtime or compiler. SDK imports stand inside the methods; only ``measure.py`` measures time."""
 
     name: ClassVar[str]
     accepts: ClassVar[frozenset[Format]]

@@ -46,7 +46,7 @@ class Loyalty:
 class Row:
     """One artifact on one profile: a line of the report's table.
 
-    ``latency`` is p50 in ms; its detail holds p90, p95, p99, mean, ci95_low, ci95_high, rounds, samples, threads, batch.
+    ``latency`` is p50 in ms; its detail holds p90 p95 p99 mean ci95_low ci95_high rounds samples threads batch.
     ``speedup`` is the median over rounds of (teacher fp32 p50 / this p50) in the same round. Accuracies are the task's
     metric (0..1). ``test`` stays Unavailable for candidates that were not chosen: the test set is touched once.
     """

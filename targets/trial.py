@@ -171,6 +171,7 @@ def _set_latency(run: Deployment, trial: Trial, measured: Measured) -> None:
         "batch": fixed_batch(trial.artifact.inputs) or run.profile.runtime.batch,
         "preempted_share": timing.preempted_share,
         "p99_with_preempted": timing.p99_all_ms,
+        "fastest": timing.fastest_ms,
         "contention": measured.contention.describe(),
     }
     trial.latency = Measurement(timing.p50_ms, "ms", origin, device, detail)
@@ -178,5 +179,5 @@ def _set_latency(run: Deployment, trial: Trial, measured: Measured) -> None:
     if measured.reference != teacher.digest or teacher.role != "teacher":
         trial.speedup = Unavailable("there is no teacher file that runs here")
         return
-    interval = {"ci95_low": timing.ratio_low, "ci95_high": timing.ratio_high}
+    interval = {"ci95_low": timing.ratio_low, "ci95_high": timing.ratio_high, "of_fastest": timing.fastest_ratio}
     trial.speedup = Measurement(timing.ratio, "x", origin, device, common | interval)

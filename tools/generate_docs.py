@@ -68,7 +68,14 @@ def comments(model: type[BaseModel]) -> dict[str, str]:
 
 def table_of(title: str, model: type[BaseModel]) -> str:
     notes = comments(model)
-    lines = [f"## `{title}`", "", inspect.cleandoc(model.__doc__ or ""), "", "| key | type | default | |", "|---|---|---|---|"]
+    lines = [
+        f"## `{title}`",
+        "",
+        inspect.cleandoc(model.__doc__ or ""),
+        "",
+        "| key | type | default | |",
+        "|---|---|---|---|",
+    ]
     for name, field in model.model_fields.items():
         if name == "kind":
             continue
@@ -91,20 +98,25 @@ def recipe_page() -> str:
         '[[stage]] kind = "quantize"': recipe.QuantizeStage,
     }
     head = (
-        "# The recipe file\n\nTOML, data only: no Python path or import ever stands in it (a model or loader of your own goes on the "
-        "command line as\n`pkg.mod:name`). Unknown keys are errors. Relative paths are relative to the current folder. Ready ones lie in "
-        "`recipes/`.\n\n"
+        "# The recipe file\n\nTOML, data only: no Python path or import ever stands in it (a model or loader of yours "
+        "goes on the command line as\n`pkg.mod:name`). Unknown keys are errors. Relative paths are relative to "
+        "the current folder. Ready ones lie in `recipes/`.\n\n"
     )
     return HEADER + head + "\n".join(table_of(title, model) for title, model in sections.items())
 
 
 def profiles_page() -> str:
-    lines = [HEADER + "# Hardware profiles\n", "| profile | device | target | processor | threads | channel multiple |", "|---|---|---|---|---|---|"]
+    lines = [
+        HEADER + "# Hardware profiles\n",
+        "| profile | device | target | processor | threads | channel multiple |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in profile_names():
         item = load_profile(name)
         processor = "detected" if item.here == "this-machine" else item.compute.processor
         lines.append(
-            f"| `{name}` | {item.title} | `{item.target}` | {processor} | {item.runtime.threads} | {item.constraints.channel_multiple} |"
+            f"| `{name}` | {item.title} | `{item.target}` | {processor} | {item.runtime.threads} "
+            f"| {item.constraints.channel_multiple} |"
         )
     lines.append("\n`compress-for-device profiles show NAME` prints one with the source of each figure.")
     return "\n".join(lines) + "\n"
@@ -113,7 +125,7 @@ def profiles_page() -> str:
 def methods_page() -> str:
     from compressor.distil.objectives.registry import describe, names
 
-    parts = [HEADER + "# Distillation objectives\n\nNamed in a recipe as `[[stage.objective]] use = \"name\"`.\n"]
+    parts = [HEADER + '# Distillation objectives\n\nNamed in a recipe as `[[stage.objective]] use = "name"`.\n']
     for item in map(describe, names()):
         options = "".join(f"- `{name}`: {kind}, default `{default}`\n" for name, kind, default in item.options)
         parts.append(f"## `{item.name}`\n\n{inspect.cleandoc(item.text)}\n" + (f"\n{options}" if options else ""))
@@ -125,7 +137,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     stale = []
-    for name, page in {"recipe.md": recipe_page(), "profiles.md": profiles_page(), "methods.md": methods_page()}.items():
+    for name, page in {
+        "recipe.md": recipe_page(),
+        "profiles.md": profiles_page(),
+        "methods.md": methods_page(),
+    }.items():
         path = DOCS / name
         if path.is_file() and path.read_text() == page:
             continue

@@ -70,6 +70,14 @@ def measure_once(teacher: Path, student: Path, threads: int, sequence: int, sett
         return measure(runs, "teacher", inputs=4, settings=settings)
 
 
+def agreement(name: str, ratios: list[float]) -> str:
+    """How many repeats lie within 5 % of the median of all."""
+    middle = median(ratios)
+    near = sum(abs(ratio / middle - 1) <= 0.05 for ratio in ratios)
+    spread = max(ratios) / min(ratios) - 1
+    return f"{name} {middle:.3f}: {near} of {len(ratios)} repeats within 5 % of the median (spread {spread:.1%})"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", type=Path)
@@ -89,16 +97,12 @@ def main() -> int:
         print(
             f"{number + 1:3d}  teacher {teacher.p50_ms:8.3f} ms  student {student.p50_ms:8.3f} ms  "
             f"ratio {student.ratio:6.3f} [{student.ratio_low:.3f}, {student.ratio_high:.3f}]  "
+            f"fastest {student.fastest_ratio:6.3f}  "
             f"{student.rounds} rounds; {measured.contention.describe()}",
             flush=True,
         )
-    ratios = [measured.timings["student"].ratio for measured in found]
-    middle = median(ratios)
-    near = sum(abs(ratio / middle - 1) <= 0.05 for ratio in ratios)
-    spread = max(ratios) / min(ratios) - 1
-    print(
-        f"ratio {middle:.3f}: {near} of {len(ratios)} repeats within 5 % of the median (spread {spread:.1%})"
-    )
+    for name in ("ratio", "fastest_ratio"):
+        print(agreement(name, [getattr(measured.timings["student"], name) for measured in found]))
     if options.json:
         options.json.write_text(json.dumps([measured.to_json() for measured in found], indent=2), encoding="utf-8")
     return 0

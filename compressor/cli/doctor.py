@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from compressor.cli.output import facts, stdout_json
 
@@ -21,7 +21,7 @@ def doctor_command(*, as_json: bool) -> int:
     core, train = {name: _version(name) for name in CORE}, {name: _version(name) for name in TRAIN}
     absent = [name for name, found in train.items() if found is None]
     views = target_views()
-    free = shutil.disk_usage(os.getcwd()).free // 2**20
+    free = shutil.disk_usage(Path.cwd()).free // 2**20
     hints = [f"training is not possible: install {', '.join(absent)} with `{TRAIN_HINT}`"] if absent else []
     hints += [f"{name}: {view.hint}" for name, view in views.items() if not view.ready and view.hint]
     if as_json:

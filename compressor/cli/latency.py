@@ -111,8 +111,10 @@ def _figures(backend: Any, compiled: Any, profile: HardwareProfile, state: Any) 
     timing = measured.timings["model"]
     detail = {
         "p90": timing.p90_ms, "p95": timing.p95_ms, "p99": timing.p99_ms, "mean": timing.mean_ms,
-        "ci95_low": timing.ci95_low_ms, "ci95_high": timing.ci95_high_ms, "rounds": timing.rounds, "samples": timing.samples,
-        "threads": profile.runtime.threads, "batch": profile.runtime.batch, "contention": measured.contention.describe(),
+        "ci95_low": timing.ci95_low_ms, "ci95_high": timing.ci95_high_ms, "rounds": timing.rounds,
+        "samples": timing.samples,
+        "threads": profile.runtime.threads, "batch": profile.runtime.batch,
+        "contention": measured.contention.describe(),
     }  # fmt: skip
     latency = Measurement(timing.p50_ms, "ms", state.runs, state.device, detail)
     return latency, peak_memory(backend.name, compiled, profile, batches[:1])

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compressor.cli.output import stdout_json
-from compressor.cli.package_info import load_info
 from compressor.cli.run import exit_code, require_run, write_packages
 from compressor.cli.summary import show
 
@@ -35,6 +34,7 @@ def report_command(run: Path, *, as_json: bool) -> int:
 
 def package_command(run: Path, profiles: Sequence[str], *, as_json: bool) -> int:
     """Write the packages of a run again."""
+    from targets.package import load_info
     from targets.report import from_json
 
     path = require_run(run)

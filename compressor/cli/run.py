@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from compressor.cli.outcomes import read_outcome, write_outcome
 from compressor.cli.output import Progress, stdout_json
-from compressor.cli.package_info import load_info, save_info
 from compressor.cli.session import Request, Session, open_session
 from compressor.cli.summary import show
 from compressor.errors import ConfigError, TargetUnavailable
 from compressor.ledger import Event, EventLog, Ledger, code_digest, digest_of
 from compressor.pipeline import Built, Pipeline
-from compressor.profile import HardwareProfile
+from compressor.profile import HardwareProfile, load_profile, profile_names
 from compressor.types import Array, write_atomic
 
 if TYPE_CHECKING:
@@ -175,6 +173,7 @@ def _deploy(
     from targets.deploy import Candidates, deploy
     from targets.outcome import Promise
     from targets.registry import get
+    from targets.report.serialise import read_outcome, write_outcome
 
     promise = Promise(**session.recipe.accept.model_dump())
     candidates = Candidates(built.teacher, built.null_twin, built.student, tuple(variants))
@@ -316,14 +315,28 @@ def publish(session: Session, summary: RunSummary, folder: Path) -> dict[str, An
     from targets.report import write_report
 
     files = write_report(summary, folder)
-    save_info(session, folder)
-    packages = write_packages(summary, folder, load_info(folder))
+    packages = write_packages(summary, folder, package_info(session))
     return {
         "report_html": str(files["html"]),
         "report_md": str(files["md"]),
         "report_json": str(files["json"]),
         "packages": packages,
     }
+
+
+def package_info(session: Session) -> Any:
+    """What a package needs besides the outcome: pre-processing as data, files, labels, samples for its self-check."""
+    from targets.package import PackageInfo
+
+    validation, examples = session.data.splits["validation"], session.data.examples
+    index = np.arange(min(len(examples) or 4, len(validation)))
+    return PackageInfo(
+        preprocess=session.model.preprocess.model_dump(mode="json"),
+        files=session.model.files,
+        labels=session.data.labels,
+        samples=[validation.batch(index[position : position + 1]) for position in index],
+        raw=examples,
+    )
 
 
 def write_packages(summary: RunSummary, folder: Path, info: Any, profiles: Sequence[str] = ()) -> dict[str, str]:
@@ -333,7 +346,9 @@ def write_packages(summary: RunSummary, folder: Path, info: Any, profiles: Seque
     made: dict[str, str] = {}
     for outcome in summary.outcomes:
         if outcome.shipped is not None and (not profiles or outcome.profile in profiles):
-            made[outcome.profile] = str(write_package(outcome, summary, info, folder / "packages"))
+            runtime = load_profile(outcome.profile).runtime.model_dump() if outcome.profile in profile_names() else None
+            path = write_package(outcome, summary, info, folder / "packages", runtime=runtime)
+            made[outcome.profile] = str(path)
     return made
 
 

@@ -252,7 +252,7 @@ def _plan(
 def _variant_names(
     recipe: Recipe, profile: HardwareProfile, model: LoadedModel
 ) -> tuple[tuple[str, ...], Mapping[str, str]]:
-    """Quantized candidates by name. For a torch teacher the exact list needs the exported graph, so it is asked of it later."""
+    """Quantized candidates by name; for a torch teacher the exact list needs the exported graph, which comes later."""
     from compressor.recipe import QuantizeStage
 
     stage = next((item for item in recipe.stage if isinstance(item, QuantizeStage)), None)

@@ -61,7 +61,17 @@ def load_data(
         digests={name: _fingerprint(split) for name, split in splits.items()},
         duplicates_dropped=clean.dropped,
         notes=(*raw.notes, *notes, *clean.notes, *_truncation(stores)),
+        examples=_examples(raw, *kept["validation"]),
     )
+
+
+def _examples(raw: RawData, home: str, index: Array, count: int = 4) -> tuple[Any, ...]:
+    """A few raw samples for the self-check of packages; none for pairs of texts, compressed pictures and arrays."""
+    samples = raw.parts[home].samples
+    if raw.parts[home].kind not in {"pictures", "texts"}:
+        return ()
+    found = tuple(samples[int(row)] for row in index[:count])
+    return () if any(isinstance(item, tuple) for item in found) else found
 
 
 def cut_rows(raw: RawData, config: DataConfig, seed: int) -> Rows:

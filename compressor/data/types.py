@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from compressor.types import Array, Inputs
 
@@ -19,7 +19,7 @@ class Split(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, index: Array) -> Inputs:
-        """Preprocessed, stacked model inputs by name for these sample positions (text padded to this batch's longest)."""
+        """Preprocessed, stacked model inputs by name for these positions (text padded to the batch's longest)."""
         ...
 
 
@@ -33,3 +33,4 @@ class DataBundle:
     digests: Mapping[str, str]  # per split
     duplicates_dropped: int = 0
     notes: tuple[str, ...] = field(default=())
+    examples: tuple[Any, ...] = ()  # the first validation samples before pre-processing: a string or a uint8 picture

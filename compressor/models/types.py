@@ -60,7 +60,8 @@ class LoadedModel:
     """A teacher, ready to be used.
 
     ``module`` is in evaluation mode, takes its inputs by name (``forward(input_ids=..., attention_mask=...)`` or
-    ``forward(image)`` with the names of ``inputs``) and returns one tensor: logits (N, C) or unit-length embeddings (N, D).
+    ``forward(image)`` with the names of ``inputs``) and returns one tensor: logits (N, C) or unit
+    embeddings (N, D).
     ``module`` is None for ONNX files: then only post-training stages apply.
     """
 

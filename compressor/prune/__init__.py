@@ -81,12 +81,7 @@ def prune(
     from compressor.models.cost import count_macs, count_parameters
 
     batches = calibration if not hasattr(calibration, "__next__") else list(calibration)
-    problems = check(module, example, config)
-    if problems:
-        raise PlanError("the prune stage", problems)
-    if config.importance == "activation" and next(iter(batches), None) is None:
-        hint = 'Give calibration data, or choose `importance = "magnitude"`.'
-        raise StageError("activation importance needs calibration data, and there is none", hint=hint)
+    _require(module, example, config, batches)
     before = count_parameters(module), count_macs(module, example)
     work, record, facts = _drop_layers(module, example, config, batches, seed)
     made = _cut_width(work, example, config, batches, (round_to, seed, repair))
@@ -101,6 +96,15 @@ def prune(
         macs_before=before[1],
         macs_after=after[1],
     )
+
+
+def _require(module: nn.Module, example: Batch, config: PruneStage, batches: Iterable[Batch]) -> None:
+    problems = check(module, example, config)
+    if problems:
+        raise PlanError("the prune stage", problems)
+    if config.importance == "activation" and next(iter(batches), None) is None:
+        hint = 'Give calibration data, or choose `importance = "magnitude"`.'
+        raise StageError("activation importance needs calibration data, and there is none", hint=hint)
 
 
 def _layer_problems(module: nn.Module, example: Batch, config: PruneStage) -> list[Problem]:

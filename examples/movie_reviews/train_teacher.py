@@ -4,9 +4,9 @@
     python -m examples.movie_reviews.prepare
     python -m examples.movie_reviews.train_teacher --data build/movie-reviews --out build/movie-teacher
 
-The target of a sentence is the probability sigmoid(slope x mean human rating), not a hard class: what twenty people disagree
-on is not taught as certain. The rated sentences of the other sources are used as well. Validation and calibration are the
-parts that ``compress-for-device`` draws with the same seed; the test set is scored once, at the end.
+The target of a sentence is the probability sigmoid(slope x mean human rating), not a hard class: what twenty people
+disagree on is not taught as certain. The rated sentences of the other sources are used as well. Validation and
+calibration are the parts that ``compress-for-device`` draws with the same seed; the test set is scored once.
 """
 
 from __future__ import annotations
@@ -95,11 +95,16 @@ def main() -> None:
 
     decay = [p for n, p in model.named_parameters() if p.ndim > 1]
     rest = [p for n, p in model.named_parameters() if p.ndim <= 1]
-    optimiser = torch.optim.AdamW([{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}], args.learning_rate)
+    optimiser = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}], args.learning_rate
+    )
     lengths = np.array([len(text) for text in train_texts])
     total = args.epochs * math.ceil(len(lengths) / args.batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min(1.0, step / (0.1 * total)) * max(0.0, (total - step) / (0.9 * total) if step > 0.1 * total else 1.0)
+        optimiser,
+        lambda step: (
+            min(1.0, step / (0.1 * total)) * max(0.0, (total - step) / (0.9 * total) if step > 0.1 * total else 1.0)
+        ),
     )
     validation = [texts[i] for i in parts["validation"]], ratings[parts["validation"]]
     started = time.process_time()
@@ -114,17 +119,26 @@ def main() -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             schedule.step()
-        print(f"epoch {epoch + 1}/{args.epochs}: loss {loss.item():.3f}, validation accuracy {accuracy(*validation):.4f}", flush=True)
+        print(
+            f"epoch {epoch + 1}/{args.epochs}: loss {loss.item():.3f}, validation accuracy {accuracy(*validation):.4f}",
+            flush=True,
+        )
 
     args.out.mkdir(parents=True, exist_ok=True)
     model.eval().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    (args.out / "README.md").write_text("---\nlicense: apache-2.0\n---\nMiniLM-L6 fine-tuned on rated movie-review sentences.\n")
+    (args.out / "README.md").write_text(
+        "---\nlicense: apache-2.0\n---\nMiniLM-L6 fine-tuned on rated movie-review sentences.\n"
+    )
     for name in ("vocab.txt",):
         if (encoder / name).is_file():
             shutil.copy(encoder / name, args.out / name)
     test = accuracy(*read(args.data / "test.csv"))
-    figures = {"validation_accuracy": accuracy(*validation), "test_accuracy": test, "cpu_seconds": round(time.process_time() - started)}
+    figures = {
+        "validation_accuracy": accuracy(*validation),
+        "test_accuracy": test,
+        "cpu_seconds": round(time.process_time() - started),
+    }
     print(json.dumps(figures))
 
 

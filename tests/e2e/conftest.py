@@ -59,7 +59,13 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*words: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            arguments(*words), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+            arguments(*words),
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
 
     return run

@@ -23,7 +23,9 @@ class Net(nn.Module):
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, width, 3, padding=1)
-        self.body = nn.Sequential(Block(width), nn.MaxPool2d(2), nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(), Block(2 * width))
+        self.body = nn.Sequential(
+            Block(width), nn.MaxPool2d(2), nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(), Block(2 * width)
+        )
         self.head = nn.Linear(2 * width, CLASSES)
 
     def forward(self, image: Tensor) -> Tensor:

@@ -54,13 +54,23 @@ def test_a_wrong_recipe(command: Command, recipe: Path, old: str, new: str, text
 
 @pytest.mark.train
 def test_an_unknown_objective(command: Command, recipe: Path) -> None:
-    refused(command("plan", changed(recipe, 'use = "kd"', 'use = "kdd"'), *MODEL, *DATA), "unknown objective `kdd`", "did you mean `kd`?")
+    refused(
+        command("plan", changed(recipe, 'use = "kd"', 'use = "kdd"'), *MODEL, *DATA),
+        "unknown objective `kdd`",
+        "did you mean `kd`?",
+    )
 
 
 def test_an_unknown_target(command: Command, recipe: Path, tmp_path: Path) -> None:
     profile = tmp_path / "device.toml"
-    profile.write_text('name = "d"\ntitle = "d"\ntarget = "tensort"\n[compute]\nprocessor = "x"\narchitecture = "none"\n')
-    refused(command("plan", str(recipe), *MODEL, *DATA, "--profile", str(profile)), "unknown target `tensort`", "did you mean `tensorrt`?")
+    profile.write_text(
+        'name = "d"\ntitle = "d"\ntarget = "tensort"\n[compute]\nprocessor = "x"\narchitecture = "none"\n'
+    )
+    refused(
+        command("plan", str(recipe), *MODEL, *DATA, "--profile", str(profile)),
+        "unknown target `tensort`",
+        "did you mean `tensorrt`?",
+    )
 
 
 @pytest.mark.train
@@ -162,7 +172,9 @@ def test_wrong_words_on_the_command_line(command: Command) -> None:
 def test_a_full_disk(command: Command, recipe: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(small)], check=False, capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(small)], check=False, capture_output=True
+    ).returncode:
         pytest.skip("tmpfs cannot be mounted here")
     try:
         refused(command("run", str(recipe), *MODEL, *DATA, "--out", str(small / "out")), "disk is full", code=1)

@@ -92,10 +92,7 @@ def test_two_runs_at_once_do_each_stage_once(recipe: Path, tmp_path: Path) -> No
         stdout, stderr = process.communicate(timeout=300)
         assert process.returncode == 0, stderr
         reports.append(json.loads(stdout)["report"])
-    made = [
-        {stage["stage"]: stage["reused"] for stage in report["stages"]}
-        for report in reports
-    ]
+    made = [{stage["stage"]: stage["reused"] for stage in report["stages"]} for report in reports]
     assert made[0].keys() == made[1].keys()
     for stage in made[0]:
         assert made[0][stage] or made[1][stage], f"{stage} was done twice"

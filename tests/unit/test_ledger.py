@@ -85,7 +85,8 @@ def test_a_really_full_disk() -> None:
     """/dev/full is Linux's device that is always full."""
     from compressor.ledger import disk_errors
 
-    with pytest.raises(StageError, match="disk is full"), disk_errors("export"), open("/dev/full", "wb", buffering=0) as stream:
+    full = Path("/dev/full")
+    with pytest.raises(StageError, match="disk is full"), disk_errors("export"), full.open("wb", buffering=0) as stream:
         stream.write(b"x")
 
 
@@ -98,7 +99,7 @@ def test_an_unwritable_output_folder_is_a_config_error(tmp_path: Path) -> None:
 
 def slow_stage(root: str, marker: str) -> None:
     def work(folder: Path) -> StageOutput:
-        with open(marker, "a") as stream:
+        with Path(marker).open("a") as stream:
             stream.write(f"{os.getpid()}\n")
         time.sleep(0.5)
         (folder / "out.txt").write_text("done")

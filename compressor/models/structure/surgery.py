@@ -48,8 +48,8 @@ def commit(module: nn.Module, cuts: Sequence[Cut], example: Mapping[str, Tensor]
     """Cut a copy of ``module``. With ``exact`` the result must compute what the masked module computes, to 1e-4.
 
     A group whose cut breaks the module's own code (a literal size in a ``view``, say) is left whole and named in
-    ``refused``. Size attributes are changed by their meaning (the heads of an attention block); only where that does not
-    work, by their value.
+    ``refused``. Size attributes are changed by their meaning (the heads of an attention block); only where that does
+    not work, by their value.
     """
     cuts = [cut for cut in cuts if len(cut.keep) < cut.group.units]
     made = _attempt(module, cuts, frozenset(), example, exact)

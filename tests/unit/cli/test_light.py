@@ -28,7 +28,9 @@ def test_help_costs_little_more_than_its_argument_parser() -> None:
 
     def seconds(code: str) -> float:
         timed = f"import time; began = time.perf_counter()\n{code}\nprint(time.perf_counter() - began)"
-        runs = [subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True, check=True) for _ in range(5)]
+        runs = [
+            subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True, check=True) for _ in range(5)
+        ]
         return min(float(run.stdout) for run in runs)
 
     assert seconds("import compressor.cli.app") < 2 * seconds("import typer")
