@@ -13,7 +13,10 @@ Rules:
    was still preempted are left out of the figures, and their share is reported. A turn without any clean run counts
    with its fastest run.
 4. **The ratio** of a candidate is the median over rounds of (reference's median / candidate's median) in the same
-   round: what slows a whole round cancels out.
+   round: what slows a whole round cancels out. What slows the candidates unequally does not: a busy neighbour on the
+   same physical core (on a virtual machine, another customer) takes more from an int8 student than from its fp32
+   teacher, for seconds on end and unseen by the guest. Hence many rounds, and ``fastest_ratio`` beside the ratio: where
+   the two differ by more than a few per cent, the machine was not quiet.
 
 Garbage collection is off during a turn. Intervals are 95 %, from order statistics.
 """
