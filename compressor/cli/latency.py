@@ -12,7 +12,7 @@ import numpy as np
 from compressor.cli.output import stdout_json, table
 from compressor.errors import CompressError, TargetUnavailable
 from compressor.profile import HardwareProfile, load_profile
-from compressor.types import Array, Artifact, Figure, Format, Measurement, TensorSpec, Unavailable, file_digest
+from compressor.types import Array, Artifact, Figure, Format, Measurement, Origin, TensorSpec, Unavailable, file_digest
 
 DEFAULT_SEQUENCE = 64  # length of a dynamic dimension that is not the batch, when the profile's options do not say
 
@@ -96,6 +96,9 @@ def measure_profile(artifact: Artifact, profile: HardwareProfile) -> dict[str, A
 def _figures(backend: Any, compiled: Any, profile: HardwareProfile, state: Any) -> tuple[Figure, Figure]:
     if state.runs is None:
         gone = Unavailable(state.why_not or "compiled, cannot run here")
+        return gone, gone
+    if state.runs is not Origin.MEASURED:
+        gone = Unavailable(f"{backend.name} gives {state.runs.value} results: it is not timed")
         return gone, gone
     if profile.here != "this-machine":
         gone = Unavailable(
