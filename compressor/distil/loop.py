@@ -166,7 +166,8 @@ class _Setup:
             teacher=source,
             objectives=weighted,
             projectors=projectors,
-            optimiser=prepared,
+            # accelerate's wrapper only skips steps of accumulated gradients and scales float16; the loop does neither
+            optimiser=prepared.optimizer,
             backward=self.accelerator.backward,
             average=optim.MovingAverage(self.student, self.config.ema) if self.config.ema else None,
             still=still,

@@ -56,7 +56,7 @@ class Parts:
     teacher: TeacherSource
     objectives: Sequence[Weighted]
     projectors: nn.ModuleList
-    optimiser: Any  # prepared by accelerate
+    optimiser: Any  # torch.optim.Optimizer
     backward: Callable[[Tensor], None]
     average: MovingAverage | None
     still: Sequence[nn.Module]  # frozen modules that stay in evaluation mode
