@@ -97,9 +97,10 @@ class Pipeline:
                     student = self._surgery(student, stage)
                     twin = self._surgery(twin, stage) if twin is not None else None
                 case DistilStage():
+                    before = student
+                    student = self._distil(before, stage, labels_only=False)
                     if self.recipe.null_twin:
-                        twin = self._distil(twin or replace(student, role="null-twin"), stage, labels_only=True)
-                    student = self._distil(student, stage, labels_only=False)
+                        twin = self._distil(twin or replace(before, role="null-twin"), stage, labels_only=True)
                 case QuantizeStage():
                     pass
         return student, twin
@@ -128,13 +129,17 @@ class Pipeline:
             "previous": line.key,
             "config": stage.model_dump(mode="json"),
             "calibration": self.data.digests["calibration"],
-            "round_to": self.round_to,
+            "round_to": self._multiple(stage),
             "seed": self.recipe.seed,
             "code": code_digest("prune", "students", "models/rebuild", "models/cost", "models/structure"),
         }
         result = self.ledger.stage(stage.kind, key, lambda folder: self._cut(line, stage, folder))
         record = json.loads((result.folder / "record.json").read_text())
         return Line(line.role, result.key, self._stored_module(result.folder), record)
+
+    def _multiple(self, stage: StudentStage | PruneStage) -> int:
+        """The channel multiple of a cut: the recipe's own, otherwise the widest wish of the profiles."""
+        return (stage.round_to if isinstance(stage, PruneStage) else None) or self.round_to
 
     def _cut(self, line: Line, stage: StudentStage | PruneStage, folder: Path) -> StageOutput:
         from compressor.models.rebuild import save_student
@@ -149,7 +154,7 @@ class Pipeline:
                     example,
                     stage,
                     self._calibration_tensors(512),
-                    round_to=self.round_to,
+                    round_to=self._multiple(stage),
                     seed=self.recipe.seed,
                 )
                 metrics = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 Event = Mapping[str, float | int | str | bool]
 OnEvent = Callable[[str, Event], None]
-"""``(kind, fields)``: ``distil-start``, ``resume``, ``precision``, ``teacher``, ``note``, ``progress``, ``epoch``."""
+"""``(kind, fields)``: ``resume``, ``precision``, ``teacher``, ``note``, ``progress``, ``epoch``."""
 
 
 def ignore(kind: str, fields: Event) -> None:

@@ -58,7 +58,7 @@ def crops(picture: np.ndarray, random: np.random.Generator) -> list[np.ndarray]:
 
 
 def load() -> dict[str, Part]:
-    """The loader for ``--data examples.mobilenet_v2:load``: a quarter of the pictures is test, whole; the rest is cropped."""
+    """The loader for ``--data examples.mobilenet_v2:load``: a quarter is test, whole; the rest is cropped."""
     random = np.random.default_rng(0)
     all_pictures = pictures()
     order = random.permutation(len(all_pictures))
