@@ -99,7 +99,7 @@ class Pipeline:
                 case DistilStage():
                     before = student
                     student = self._distil(before, stage, labels_only=False)
-                    if self.recipe.null_twin:
+                    if self.recipe.null_twin and self.data.splits["train"].labels is not None:
                         twin = self._distil(twin or replace(before, role="null-twin"), stage, labels_only=True)
                 case QuantizeStage():
                     pass

@@ -97,25 +97,29 @@ def default_stages(recipe: Recipe, model: LoadedModel) -> Recipe:
     if model.kind == "onnx":
         stages = [quantize]
     elif model.task in {"text-classification", "sentence-embedding"}:
-        kd = {"use": "kd", "weight": 1.0, "options": {"temperature": 2.0}}
-        hidden = {"use": "hidden", "weight": 1.0, "match": {"map": "last"}}
-        objectives = [kd, hidden] if model.task == "text-classification" else [{**hidden, "weight": 10.0}]
-        stages = [
-            {"kind": "prune", "heads": 0.5, "neurons": 0.5, "layers": 2},
-            {"kind": "distil", "epochs": 3, "batch": 32, "learning_rate": 1e-4, "objective": objectives},
-            quantize,
-        ]
+        stages = [*_text_stages(model), quantize]
     else:
-        stages = [
-            {"kind": "prune", "ratio": 0.5},
-            {"kind": "distil", "epochs": 5, "objective": [{"use": "kd", "options": {"temperature": 2.0}}]},
-            quantize,
-        ]
-    return validate(
-        Recipe,
-        {**recipe.model_dump(mode="json", exclude_unset=True), "name": recipe.name, "stage": stages},
-        "the default recipe",
-    )
+        kd = {"use": "kd", "options": {"temperature": 2.0}}
+        stages = [{"kind": "prune", "ratio": 0.5}, {"kind": "distil", "epochs": 5, "objective": [kd]}, quantize]
+    data = {**recipe.model_dump(mode="json", exclude_unset=True), "name": recipe.name, "stage": stages}
+    return validate(Recipe, data, "the default recipe")
+
+
+def _text_stages(model: LoadedModel) -> list[dict[str, Any]]:
+    """A third of the layers, half of the heads and neurons go; the rest learns from outputs and hidden states."""
+    from compressor.models.signals import available
+
+    assert model.module is not None
+    layers = max(0, available(model.module).get("hidden", 1) - 1)
+    hidden = {"use": "hidden", "match": {"map": "last"}}
+    kd = {"use": "kd", "options": {"temperature": 2.0}}
+    cosine = {"use": "cosine", "match": {"student": "logits", "teacher": "logits"}}
+    distil = {"kind": "distil", "epochs": 3, "batch": 32, "learning_rate": 1e-4}
+    if model.task == "text-classification":
+        distil["objective"] = [kd, hidden]
+    else:
+        distil |= {"objective": [cosine, hidden], "labels": 0.0}
+    return [{"kind": "prune", "heads": 0.5, "neurons": 0.5, "layers": layers // 3}, distil]
 
 
 def open_session(request: Request) -> Session:
@@ -273,4 +277,6 @@ def _warnings(recipe: Recipe, model: LoadedModel, data: DataBundle) -> tuple[str
         found.append(f"{data.duplicates_dropped} train samples that also stand in test were dropped")
     if recipe.null_twin and not any(isinstance(stage, DistilStage) for stage in recipe.stage):
         found.append("no null twin: nothing is trained in this recipe")
+    elif recipe.null_twin and data.splits["train"].labels is None:
+        found.append("no null twin: there are no labels that it could learn from")
     return tuple(found)

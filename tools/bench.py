@@ -1,0 +1,228 @@
+"""The claims, measured: each section runs the user's own commands and writes ``docs/evidence/<section>``.
+
+    python -m tools.bench [SECTION ...] [--work build/bench]      (all sections: about 90 minutes on 2 idle cores)
+
+Figures in the README and the docs are copied from what these print. A section whose input cannot be had says so and is
+left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+EVIDENCE = ROOT / "docs" / "evidence"
+CLI = [sys.executable, "-m", "compressor.cli"]
+CHROMIUM = "chromium", "chromium-browser", "google-chrome"
+
+
+def command(words: list[str], *, accept: tuple[int, ...] = (0,)) -> str:
+    """Run from the project's root, show stderr, return stdout."""
+    print("$", " ".join(str(word) for word in words), file=sys.stderr, flush=True)
+    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode not in accept:
+        raise SystemExit(f"exit code {done.returncode}: {' '.join(words)}\n{done.stdout}")
+    return done.stdout
+
+
+def run_recipe(section: str, work: Path, *words: str) -> Path:
+    """One whole run; its report goes to the evidence folder, with a screenshot where there is a Chromium."""
+    text = command([*CLI, "run", *words, "--out", str(work / "runs"), "--json"], accept=(0, 3))
+    folder = Path(json.loads(text)["run"])
+    folder = folder if folder.is_absolute() else ROOT / folder
+    keep(section, folder)
+    return folder
+
+
+def keep(section: str, run: Path) -> None:
+    """Copy a run's report, recipe and a picture of its page into the evidence."""
+    target = EVIDENCE / section
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("report.md", "report.json", "recipe.toml"):
+        shutil.copy(run / name, target / name)
+    screenshot(run / "report.html", target / "report.png")
+
+
+def screenshot(page: Path, picture: Path, size: str = "1280,1500") -> None:
+    """A PNG of the page through headless Chromium."""
+    browser = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
+    if browser is None:
+        return
+    with tempfile.TemporaryDirectory() as profile:
+        flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+        words = [
+            browser,
+            *flags.split(),
+            f"--user-data-dir={profile}",
+            f"--window-size={size}",
+            f"--screenshot={picture}",
+        ]
+        subprocess.run([*words, page.resolve().as_uri()], check=True, capture_output=True)
+
+
+def fashion_mnist(work: Path) -> None:
+    """Vision: a ResNet-9 teacher and its student on the full Fashion-MNIST."""
+    words = ["recipes/fashion-mnist.toml", "--model", "examples.fashion_mnist.model:teacher"]
+    run_recipe("fashion-mnist", work, *words)
+
+
+def movie_reviews(work: Path) -> None:
+    """Text: MiniLM-L6 fine-tuned on movie reviews, and its student."""
+    if not (ROOT / "build/movie-reviews/train.csv").is_file():
+        command([sys.executable, "-m", "examples.movie_reviews.prepare"])
+    if not (ROOT / "build/movie-teacher/config.json").is_file():
+        command([sys.executable, "-m", "examples.movie_reviews.train_teacher"])
+    run_recipe("movie-reviews", work, "recipes/movie-reviews.toml")
+
+
+def mobilenet_v2(work: Path) -> None:
+    """MobileNetV2 with ImageNet weights on natural pictures."""
+    words = ["recipes/mobilenet-v2.toml", "--model", "examples.mobilenet_v2.model:teacher"]
+    run_recipe("mobilenet-v2", work, *words, "--data", "examples.mobilenet_v2:load")
+
+
+def public_models(work: Path) -> None:
+    """ONNX files that no one here trained, through the post-training path."""
+    folder = work / "public"
+    command([sys.executable, "-m", "tools.public_models", str(folder)])
+    lines = [
+        "| model | ships | agreement with fp32 | p50 of fp32 | p50 | speed-up | size | why |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for model in sorted(folder.glob("*.onnx")):
+        before = model.read_bytes()
+        words = [
+            "--model",
+            str(model),
+            "--data",
+            str(model.with_suffix(".npz")),
+            "--task",
+            "generic",
+            "--max-drop",
+            "2%",
+        ]
+        text = command(
+            [*CLI, "run", *words, "--profile", "this-machine", "--out", str(work / "runs"), "--json"], accept=(0, 3)
+        )
+        assert model.read_bytes() == before, f"{model} was changed"
+        lines.append(public_row(model.stem, json.loads(text)["report"]))
+    page = [
+        "# ONNX files that no one here trained\n",
+        "Post-training path only, promise: at most 2 points of agreement lost. `python -m tools.bench public-models`\n",
+        *lines,
+    ]
+    (EVIDENCE / "public-models.md").write_text("\n".join(page) + "\n")
+
+
+def public_row(name: str, report: dict[str, Any]) -> str:
+    """The shipped file of one public model beside its fp32 original."""
+    rows = report["outcomes"][0]["rows"]
+    shipped = next(row for row in rows if row["shipped"])
+    teacher = next(row for row in rows if row["artifact"].startswith("teacher"))
+    rejected = "; ".join(
+        f"{row['artifact'].removeprefix('student/')}: {row['reason'].removeprefix('rejected: ')}"
+        for row in rows
+        if "int8" in row["artifact"] and not row["shipped"]
+    )
+    never = "; ".join(
+        f"{key.split(': ')[-1]}: {why}" for key, why in report["rejected"].items() if "dynamic" not in key
+    )
+    size = f"{teacher['file_bytes']['value'] / 1024:.0f} -> {shipped['file_bytes']['value'] / 1024:.0f} KiB"
+    score = shipped["test"]["value"] if "value" in shipped["test"] else float("nan")
+    before = teacher["latency"]["value"]
+    return (
+        f"| {name} | {shipped['artifact'].removeprefix('student/')} | {score:.4f} | {before:.3f} ms "
+        f"| {shipped['latency']['value']:.3f} ms | {shipped['speedup']['value']:.2f}x | {size} | {rejected} {never} |"
+    )
+
+
+def distil_speed(_work: Path) -> None:
+    """What a distillation step costs beside a hand-written one, and a cached one beside plain training."""
+    texts = [command([sys.executable, "tools/bench_distil.py", "--batch", size]) for size in ("64", "32")]
+    page = "# Speed of the distillation step\n\nOne interleaved run each (`python tools/bench_distil.py`):\n\n"
+    (EVIDENCE / "distil-speed.md").write_text(page + "\n".join(f"```\n{text.strip()}\n```\n" for text in texts))
+
+
+def repeatability(work: Path) -> None:
+    """How often the ratio student/teacher repeats within 5 %, on the Fashion-MNIST files."""
+    report = json.loads((EVIDENCE / "fashion-mnist" / "report.json").read_text())
+    artifacts = report["artifacts"]
+    run = work / "runs" / "runs" / report["digest"][:16]
+    teacher = (run / artifacts["teacher/fp32"]["path"]).resolve()
+    shipped = next(row["artifact"] for row in report["outcomes"][0]["rows"] if row["shipped"])
+    student = (run / artifacts[shipped]["path"]).resolve()
+    page = "# Repeatability of the latency ratio\n\nTen measurements from scratch, Fashion-MNIST teacher and student:\n"
+    for threads in ("1", "2"):
+        words = [
+            sys.executable,
+            "-m",
+            "tools.repeatability",
+            str(teacher),
+            str(student),
+            "--repeats",
+            "10",
+            "--threads",
+            threads,
+        ]
+        page += f"\n```\n{command(words).strip()}\n```\n"
+    (EVIDENCE / "repeatability.md").write_text(page)
+
+
+def profiles_cost(work: Path) -> None:
+    """Four profiles that share one student against one profile, and a second identical run; from empty stores."""
+    words = ["recipes/digits.toml", "--model", "examples.digits.model:teacher", "--data", "examples.digits:load"]
+    seconds: dict[str, float] = {}
+    command([*CLI, "plan", *words, "--json"])  # trains the digits teacher once, outside of what is timed
+    four = ("this-machine", "this-machine-2t", "raspberry-pi-5", "laptop-x86-vnni")
+    for name, profiles in (("one profile", four[:1]), ("four profiles", four), ("four profiles, second run", four)):
+        out = work / ("cost-" + name.split(",")[0].replace(" ", "-"))
+        if "second" not in name:
+            shutil.rmtree(out, ignore_errors=True)
+        began = time.monotonic()
+        flags = [word for profile in profiles for word in ("--profile", profile)]
+        command([*CLI, "run", *words, *flags, "--out", str(out), "--json"], accept=(0, 3))
+        seconds[name] = time.monotonic() - began
+    lines = [f"| {name} | {value:.1f} s | {value / seconds['one profile']:.2f}x |" for name, value in seconds.items()]
+    page = (
+        "# What profiles cost\n\nThe digits demo, whole command, one after the other:\n\n| run | wall clock | ratio |\n"
+    )
+    page += "|---|---|---|\n"
+    (EVIDENCE / "profiles-cost.md").write_text(page + "\n".join(lines) + "\n")
+
+
+SECTIONS: dict[str, Callable[[Path], None]] = {
+    "fashion-mnist": fashion_mnist,
+    "movie-reviews": movie_reviews,
+    "public-models": public_models,
+    "mobilenet-v2": mobilenet_v2,
+    "distil-speed": distil_speed,
+    "repeatability": repeatability,
+    "profiles-cost": profiles_cost,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", choices=[[], *SECTIONS], help="default: all")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench")
+    options = parser.parse_args()
+    os.environ["PYTHONPATH"] = str(ROOT)
+    EVIDENCE.mkdir(parents=True, exist_ok=True)
+    options.work.mkdir(parents=True, exist_ok=True)
+    for name in options.sections or SECTIONS:
+        print(f"== {name}", file=sys.stderr)
+        SECTIONS[name](options.work.resolve())
+
+
+if __name__ == "__main__":
+    main()
