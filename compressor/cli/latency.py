@@ -112,7 +112,7 @@ def _figures(backend: Any, compiled: Any, profile: HardwareProfile, state: Any) 
     with backend.open(compiled, profile) as session:
         measured = measure({"model": lambda i: session.run(batches[i])}, "model", inputs=len(batches))
     timing = measured.timings["model"]
-    detail = {
+    detail: dict[str, float | int | str] = {
         "p90": timing.p90_ms, "p95": timing.p95_ms, "p99": timing.p99_ms, "mean": timing.mean_ms,
         "ci95_low": timing.ci95_low_ms, "ci95_high": timing.ci95_high_ms, "rounds": timing.rounds,
         "samples": timing.samples,

@@ -22,7 +22,7 @@ from compressor.profile import HardwareProfile, load_profile, profile_names
 from compressor.types import Array, write_atomic
 
 if TYPE_CHECKING:
-    from targets.deploy import EvaluationData
+    from targets.trial import EvaluationData
     from targets.outcome import ProfileOutcome, RunSummary
 
 MISSED_LIMITS = 3
@@ -142,7 +142,7 @@ def _deploy_all(
 def evaluation_data(session: Session) -> EvaluationData:
     """Validation for choosing, test for the report, and real samples of batch 1 for latency."""
     from compressor.evaluate import SplitEvalSet
-    from targets.deploy import EvaluationData
+    from targets.trial import EvaluationData
 
     validation = session.data.splits["validation"]
     step = max(1, len(validation) // 16)
