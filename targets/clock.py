@@ -94,10 +94,13 @@ def real_time(priority: Priority) -> Iterator[None]:
     if not hasattr(os, "sched_setscheduler"):
         raise OSError("no scheduler control on this system")
     threads = _threads()
-    before = {thread: (os.sched_getscheduler(thread), os.sched_getparam(thread)) for thread in threads}
+    before = {}
+    real = os.sched_param(os.sched_get_priority_min(os.SCHED_RR))
     try:
         for thread in threads:
-            os.sched_setscheduler(thread, os.SCHED_RR, os.sched_param(os.sched_get_priority_min(os.SCHED_RR)))
+            with contextlib.suppress(ProcessLookupError):  # threads of other libraries come and go meanwhile
+                before[thread] = (os.sched_getscheduler(thread), os.sched_getparam(thread))
+                os.sched_setscheduler(thread, os.SCHED_RR, real)
         yield
     finally:
         for thread, (policy, parameter) in before.items():
