@@ -14,7 +14,7 @@ from tests.e2e.conftest import arguments, environment
 
 pytestmark = [pytest.mark.train, pytest.mark.slow]
 WORDS = ["--model", "tests.e2e.nets:teacher", "--data", "tests.e2e.nets:load"]
-STAGES = ["export-teacher", "prune", "null-twin", "distil", "export-student", "export-null-twin", "quantize", "deploy"]
+STAGES = ["export-teacher", "prune", "distil", "null-twin", "export-student", "export-null-twin", "quantize", "deploy"]
 
 
 def start(recipe: Path, out: Path) -> subprocess.Popen[str]:
@@ -34,7 +34,7 @@ def kill_when(process: subprocess.Popen[str], out: Path, stage: str, seconds: fl
                 process.wait()
                 return
         time.sleep(0.02)
-    raise AssertionError(f"stage {stage} never began: {process.communicate()}")
+    raise AssertionError(f"stage {stage} never began: {process.communicate()[1][-2000:]}")
 
 
 def begins(line: str, stage: str) -> bool:
