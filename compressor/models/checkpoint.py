@@ -115,7 +115,9 @@ def _load_weights(checkpoint: _Checkpoint) -> Any:
     import torch
     from optimum.exporters.tasks import TasksManager
     from safetensors import SafetensorError
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # only the command line prints
     source = checkpoint.source
     auto_class = TasksManager.get_model_class_for_task(AUTO_CLASS_TASK.get(checkpoint.task, checkpoint.task))
     try:
