@@ -22,8 +22,8 @@ from compressor.profile import HardwareProfile, load_profile, profile_names
 from compressor.types import Array, write_atomic
 
 if TYPE_CHECKING:
-    from targets.trial import EvaluationData
     from targets.outcome import ProfileOutcome, RunSummary
+    from targets.trial import EvaluationData
 
 MISSED_LIMITS = 3
 
