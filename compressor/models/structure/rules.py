@@ -213,7 +213,8 @@ def _side_by_side(space: LabelSpace, operands: Sequence[tuple[Value, list[int]]]
 def reduce(call: Call) -> list[Value]:
     """Sums, means, maxima. Over the units themselves they change when a unit goes."""
     tensor = call.args[0]
-    dims = call.argument(1, "dim", None)
+    place = 2 if call.name in {"linalg_vector_norm", "norm"} else 1  # norms have their order before the dimensions
+    dims = call.argument(place, "dim", None)
     dims = list(range(tensor.dim())) if dims is None else [dims] if isinstance(dims, int) else list(dims)
     axes = [axis % tensor.dim() for axis in (dims or range(tensor.dim()))] if tensor.dim() else []
     soft = call.name in {"mean", "sum", "var", "var_mean", "std"}
