@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 DEFAULT_OPSET = 20  # first with Gelu; every target of this project reads it
+OUTPUT_PREFIX = "output of the model: "  # no value inside is called so
 NOISY_LOGGERS = ("torch.onnx", "torch.export", "torch._dynamo", "torch.fx", "onnxscript", "onnx_ir")
 
 
@@ -119,7 +120,7 @@ def _export(
                 dynamo=True,
                 opset_version=opset,
                 input_names=[spec.name for spec in inputs],
-                output_names=[spec.name for spec in outputs],
+                output_names=[OUTPUT_PREFIX + spec.name for spec in outputs],
                 dynamic_shapes=shapes,
                 verbose=False,
                 external_data=False,
@@ -129,7 +130,20 @@ def _export(
     if program is None:
         raise StageError("the exporter returned nothing", hint="Check the torch release.")
     proto: onnx.ModelProto = program.model_proto
+    _name_outputs(proto, [spec.name for spec in outputs])
     return proto
+
+
+def _name_outputs(model: onnx.ModelProto, names: Sequence[str]) -> None:
+    """Give the outputs their names; a value inside that has one already (an embedding's `embedding`) steps aside."""
+    wanted = {OUTPUT_PREFIX + name: name for name in names} | {name: f"{name}_inside" for name in names}
+    for node in model.graph.node:
+        for values in (node.input, node.output):
+            for place, value in enumerate(values):
+                values[place] = wanted.get(value, value)
+    for part in (model.graph.output, model.graph.initializer, model.graph.value_info):
+        for item in part:  # type: ignore[attr-defined]
+            item.name = wanted.get(item.name, item.name)
 
 
 def _export_error(error: BaseException) -> StageError:
