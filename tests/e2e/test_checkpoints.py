@@ -33,7 +33,7 @@ def sentences(path: Path, count: int, labelled: bool) -> Path:
 
 def run(command: Command, *words: str) -> dict[str, Any]:
     result = command("run", *words, "--profile", "this-machine", "--max-drop", "90%", "--json")
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert result.returncode in (0, 3), result.stdout[-3000:] + result.stderr[-3000:]  # 3: too small to be faster
     found: dict[str, Any] = json.loads(result.stdout)
     return found
 
