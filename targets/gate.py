@@ -16,7 +16,8 @@ Rules, in this order:
    and MatMul nodes would run quantized is rejected, because such files are slower than fp32. The verdict says that
    speed is unknown.
 5. When nothing is feasible, the best so far ships all the same, ``kept`` is False and the verdict names the gap: among
-   those that keep the accuracy the one that misses the other limits by least; if none does, the most accurate one.
+   those that keep the accuracy the one that misses the other limits by least; if none does, the one whose misses, each
+   relative to its limit, add up to least.
 """
 
 from __future__ import annotations
@@ -191,13 +192,9 @@ def _smallest(rows: list[Row]) -> Row:
 
 def _nearest(usable: list[Row], misses: dict[str, tuple[Miss, ...]]) -> tuple[Row, str]:
     accurate = [row for row in usable if not any(miss.accuracy for miss in misses[row.artifact.name])]
-    if accurate:
-        return min(
-            accurate, key=lambda row: sum(miss.gap for miss in misses[row.artifact.name])
-        ), "misses the limits by least"
-    return max(
-        usable, key=lambda row: (value_of(row.validation) or -1.0, -(value_of(row.file_bytes) or 0.0))
-    ), "most accurate"
+    gaps = {name: sum(miss.gap for miss in found) for name, found in misses.items()}
+    nearest = min(accurate or usable, key=lambda row: (gaps[row.artifact.name], -(value_of(row.validation) or -1.0)))
+    return nearest, "misses the limits by least"
 
 
 def _mark(row: Row, chosen: Row, why: str, misses: dict[str, tuple[Miss, ...]]) -> Row:
