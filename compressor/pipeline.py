@@ -17,7 +17,7 @@ from compressor.ledger import Event, Ledger, StageOutput, code_digest, ignore_ev
 from compressor.models.types import LoadedModel
 from compressor.profile import HardwareProfile, QuantizationRules
 from compressor.recipe import DistilStage, PruneStage, QuantizeStage, Recipe, StudentStage
-from compressor.types import Artifact, Format, Inputs, LayerFact, Role, StageResult, file_digest
+from compressor.types import Artifact, Format, Inputs, Role, file_digest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -423,8 +423,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "absent"
-
-
-def stage_facts(results: tuple[StageResult, ...]) -> tuple[LayerFact, ...]:
-    """All layer facts of a run in order."""
-    return tuple(fact for result in results for fact in result.facts)
