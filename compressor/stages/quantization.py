@@ -1,0 +1,79 @@
+"""Quantize: the int8 candidates of a profile, made from the shared fp32 student."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compressor.errors import StageError
+from compressor.ledger import StageOutput, code_digest
+from compressor.profile import HardwareProfile, QuantizationRules
+from compressor.recipe import QuantizeStage
+from compressor.stages.run import MODEL_FILE, Run, version
+from compressor.types import Artifact, Format, Inputs, file_digest
+
+if TYPE_CHECKING:
+    from compressor.quantize import Variant
+
+
+def int8_candidates(
+    run: Run, student: Artifact, stage: QuantizeStage, profile: HardwareProfile
+) -> tuple[tuple[Artifact, ...], Mapping[str, str]]:
+    """The int8 candidates of a profile, quantized once for equal rules, and what was not made."""
+    from compressor.models.onnx_facts import describe
+    from compressor.quantize import variants
+
+    wanted, rejected = variants(stage, profile.quantization, describe(student.path))
+    made: list[Artifact] = []
+    failed: dict[str, str] = dict(rejected)
+    for variant in wanted:
+        try:
+            made.append(_quantized(run, student, variant, stage, profile.quantization))
+        except StageError as error:
+            failed[variant.name] = str(error)
+    return tuple(made), failed
+
+
+def _quantized(
+    run: Run, student: Artifact, variant: Variant, stage: QuantizeStage, rules: QuantizationRules
+) -> Artifact:
+    key = {
+        "source": student.digest,
+        "variant": {name: value for name, value in vars(variant).items()},
+        "rules": rules.model_dump(mode="json"),
+        "calibration": run.data.digests["calibration"],
+        "samples": stage.samples,
+        "code": code_digest("quantize", "models/onnx_graph", "models/onnx_facts"),
+        "versions": [version("onnxruntime"), version("nncf")],
+    }
+    result = run.ledger.stage(
+        f"quantize-{variant.name}", key, lambda folder: _quantize_to(run, student, variant, stage, rules, folder)
+    )
+    scheme = json.loads((result.folder / "scheme.json").read_text())
+    path = result.folder / MODEL_FILE
+    return Artifact(
+        f"student/{variant.name}", "student", path, Format.ONNX, scheme.pop("precision"), student.inputs,
+        student.outputs, file_digest(path), student.parameters, scheme, result.facts,
+    )  # fmt: skip
+
+
+def _quantize_to(
+    run: Run, student: Artifact, variant: Variant, stage: QuantizeStage, rules: QuantizationRules, folder: Path
+) -> StageOutput:
+    from compressor.quantize import quantize
+
+    split = run.data.splits["calibration"]
+    index = np.arange(min(stage.samples, len(split)))
+
+    def calibration() -> Iterator[Inputs]:
+        for position in index:
+            yield split.batch(index[position : position + 1])
+
+    ranges = run.ledger.cache / "ranges"
+    made = quantize(student, variant, rules, calibration, folder / MODEL_FILE, cache=ranges)
+    (folder / "scheme.json").write_text(json.dumps({**made.scheme, "precision": made.precision}, indent=1))
+    return StageOutput({"bytes": made.file_bytes}, made.facts)

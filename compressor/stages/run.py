@@ -1,0 +1,131 @@
+"""One run as every stage sees it: recipe, teacher, data and store, and what is derived from them on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compressor.data.types import DataBundle
+from compressor.errors import StageError
+from compressor.ledger import Event, Ledger, ignore_event
+from compressor.models.types import LoadedModel
+from compressor.recipe import Recipe
+from compressor.types import Inputs, Role
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MODEL_FILE = "model.onnx"
+
+
+@dataclass
+class Line:
+    """One lineage of a model on its way through the stages: the student's, or the null twin's.
+
+    ``load`` rebuilds the module from the store only when a stage really needs it, so that a run whose stages are all
+    stored never touches torch. ``key`` identifies everything done so far.
+    """
+
+    role: Role
+    key: str
+    load: Callable[[], nn.Module]
+    record: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """What the stages of one run share. Nothing here changes once it is made; results live in the ledger."""
+
+    recipe: Recipe
+    model: LoadedModel
+    data: DataBundle
+    ledger: Ledger
+    round_to: int  # channel multiple: the widest wish of the profiles
+    on_event: Event = ignore_event
+
+    @cached_property
+    def teacher(self) -> nn.Module:
+        """The teacher's module.
+
+        Raises:
+            StageError: the teacher is an ONNX file, which cannot be trained or cut.
+        """
+        if self.model.module is None:
+            raise StageError("the teacher has no module to train", hint="Give a checkpoint or a factory.")
+        return self.model.module
+
+    def stored_module(self, folder: Path) -> Callable[[], nn.Module]:
+        """Rebuilds a student from the store when it is called."""
+
+        def load() -> nn.Module:
+            from compressor.models.rebuild import load_student
+
+            return load_student(folder, self.teacher)
+
+        return load
+
+    def samples(self, split: str, count: int) -> Inputs:
+        """The first ``count`` inputs of a split."""
+        part = self.data.splits[split]
+        return part.batch(np.arange(min(count, len(part))))
+
+    def calibration_tensors(self, samples: int, batch: int = 32) -> list[dict[str, Any]]:
+        """Batches of the calibration split as torch tensors."""
+        part = self.data.splits["calibration"]
+        count = min(samples, len(part))
+        return [
+            self.tensors(part.batch(np.arange(start, min(start + batch, count)))) for start in range(0, count, batch)
+        ]
+
+    @staticmethod
+    def tensors(inputs: Inputs) -> dict[str, Any]:
+        """Arrays as torch tensors."""
+        import torch
+
+        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
+
+    def runner(self, module: nn.Module) -> Callable[[Inputs], Mapping[str, Any]]:
+        """A function from inputs to outputs by name that runs ``module`` in evaluation mode."""
+        import torch
+
+        name = self.model.outputs[0].name
+        training = module.training
+
+        def run(inputs: Inputs) -> Mapping[str, Any]:
+            module.eval()
+            with torch.inference_mode():
+                output = module(**self.tensors(inputs))
+            module.train(training)
+            return {name: output.float().numpy()}
+
+        return run
+
+    def validation_score(self, module: nn.Module) -> float:
+        """The task metric of a torch module on the validation split (never on test)."""
+        from compressor.evaluate import SplitEvalSet, predict, score
+
+        split = SplitEvalSet(self.data.splits["validation"])
+        outputs = predict(self.runner(module), split, 256)
+        reference = self.teacher_validation if self.model.task == "sentence-embedding" else None
+        return score(self.model.task, outputs, split.labels, reference)
+
+    @cached_property
+    def teacher_validation(self) -> np.ndarray[Any, Any]:
+        """The teacher's first output on the validation split."""
+        from compressor.evaluate import SplitEvalSet, predict
+
+        return predict(self.runner(self.teacher), SplitEvalSet(self.data.splits["validation"]), 256)
+
+
+def version(package: str) -> str:
+    """The installed version of a package, or ``absent``."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"

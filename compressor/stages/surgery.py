@@ -1,0 +1,65 @@
+"""Surgeries: student and prune stages, stored as a smaller module and the record that rebuilds it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from compressor.ledger import StageOutput, code_digest
+from compressor.recipe import PruneStage, StudentStage
+from compressor.stages.run import Line, Run
+
+
+def surgery(run: Run, line: Line, stage: StudentStage | PruneStage) -> Line:
+    """``line`` after a student or prune stage."""
+    key = {
+        "previous": line.key,
+        "config": stage.model_dump(mode="json"),
+        "calibration": run.data.digests["calibration"],
+        "round_to": _multiple(run, stage),
+        "seed": run.recipe.seed,
+        "code": code_digest("prune", "students", "models/rebuild", "models/cost", "models/structure"),
+    }
+    result = run.ledger.stage(stage.kind, key, lambda folder: _cut(run, line, stage, folder))
+    record = json.loads((result.folder / "record.json").read_text())
+    return Line(line.role, result.key, run.stored_module(result.folder), record)
+
+
+def _multiple(run: Run, stage: StudentStage | PruneStage) -> int:
+    """The channel multiple of a cut: the recipe's own, otherwise the widest wish of the profiles."""
+    return (stage.round_to if isinstance(stage, PruneStage) else None) or run.round_to
+
+
+def _cut(run: Run, line: Line, stage: StudentStage | PruneStage, folder: Path) -> StageOutput:
+    from compressor.models.rebuild import save_student
+
+    module, example = line.load(), run.tensors(run.samples("calibration", 2))
+    match stage:
+        case PruneStage():
+            from compressor.prune import prune
+
+            done = prune(
+                module,
+                example,
+                stage,
+                run.calibration_tensors(512),
+                round_to=_multiple(run, stage),
+                seed=run.recipe.seed,
+            )
+            metrics = {
+                "parameters_before": done.parameters_before,
+                "parameters_after": done.parameters_after,
+                "macs_before": done.macs_before,
+                "macs_after": done.macs_after,
+            }
+            made, record, facts = done.module, done.record, done.facts
+        case StudentStage():
+            from compressor.students import make_student
+
+            student = make_student(
+                module, stage, example, seed=run.recipe.seed, calibration=run.calibration_tensors(256)
+            )
+            made, record, facts = student.module, student.record, student.facts
+            metrics = {"parameters_after": sum(p.numel() for p in made.parameters())}
+    save_student(folder, made, [*line.record, *record])
+    return StageOutput(metrics, facts)

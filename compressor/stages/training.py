@@ -1,0 +1,71 @@
+"""Distil stages: the student learns from the teacher, the null twin from labels only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from compressor.ledger import StageOutput, code_digest
+from compressor.recipe import DistilStage
+from compressor.stages.run import Line, Run
+
+
+def distil(run: Run, line: Line, stage: DistilStage, *, labels_only: bool) -> Line:
+    """``line`` trained on the teacher, or (``labels_only``) the same student trained without it."""
+    config = stage.model_dump(mode="json")
+    if labels_only:  # what only the teacher's terms use must not make a new twin
+        config = {name: value for name, value in config.items() if name not in {"objective", "cache", "labels"}}
+    key = {
+        "previous": line.key,
+        "config": config,
+        "labels_only": labels_only,
+        "teacher": None if labels_only else run.model.provenance.digest,
+        "signals": run.recipe.teacher.signals,
+        "data": {name: run.data.digests[name] for name in sorted(run.data.digests) if name != "test"},
+        "seed": run.recipe.seed,
+        "code": code_digest("distil", "models/signals"),
+    }
+    name = "null-twin" if labels_only else "distil"
+    result = run.ledger.stage(
+        name, key, lambda folder: _train(run, line, stage, folder, labels_only=labels_only), resumable=True
+    )
+    return Line(line.role, result.key, run.stored_module(result.folder), line.record)
+
+
+def _train(run: Run, line: Line, stage: DistilStage, folder: Path, *, labels_only: bool) -> StageOutput:
+    from copy import deepcopy
+
+    from compressor.distil import loop
+    from compressor.models.rebuild import save_student
+
+    student = deepcopy(line.load())
+    for parameter in student.parameters():
+        parameter.requires_grad_(True)
+    result = loop.distil(
+        student,
+        run.teacher,
+        run.data,
+        stage,
+        seed=run.recipe.seed,
+        work=folder / "scratch",
+        bank=run.ledger.cache / "teacher",
+        labels_only=labels_only,
+        teacher_digest=run.model.provenance.digest,
+        signals=run.recipe.teacher.signals,
+        score=run.validation_score,
+        on_event=run.on_event,
+    )
+    save_student(folder, student.eval(), line.record)
+    best = result.history[result.best_epoch]
+    metrics: dict[str, float | int | str] = {
+        "best_epoch": result.best_epoch + 1,
+        "epochs": len(result.history),
+        "steps": result.steps,
+        "teacher_forwards": result.teacher_forwards,
+        "precision": result.precision,
+    }
+    if best.score is not None:
+        metrics["validation"] = round(best.score, 6)
+    history = [{**vars(epoch), "terms": dict(epoch.terms)} for epoch in result.history]
+    (folder / "history.json").write_text(json.dumps(history, indent=1))
+    return StageOutput(metrics)
