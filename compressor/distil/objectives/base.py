@@ -26,7 +26,7 @@ class Needs:
 
     student: frozenset[str] = frozenset()
     teacher: frozenset[str] = frozenset()
-    batch: frozenset[str] = frozenset()  # "labels", "mask"
+    batch: frozenset[str] = frozenset()  # fields of Batch without which there is no value, and "mask" where it is read
     online_teacher: bool = False
     batch_wise: bool = False
     rollouts: bool = False
@@ -57,13 +57,34 @@ class Step:
 
 @dataclass(frozen=True)
 class Batch:
-    """What belongs to the samples rather than to a model.
+    """What belongs to the samples rather than to a model. Every field but the first two is left out by most tasks.
 
-    ``labels``: int64 (B,), -100 where a sample has none. ``mask``: (B, T), non-zero at real tokens; None for pictures.
+    ``labels``: int64 (B,), or (B, T) where ``labels[b, t]`` is the class (next token) that the distribution at position
+    t speaks of, -100 where there is none; for several labels a sample 0 or 1, float (B, C), a row of -100 without any.
+    ``mask``: (B, T), non-zero at real tokens; None for pictures.
+    ``response``: (B, T), non-zero at the tokens that are taught; None: all real tokens.
+    ``ends``: int64 (B, T), the byte of the sample's text where the token of ``labels[b, t]`` ends, negative for none.
+    ``groups``: int64 (B,), rows with equal numbers are one list (query, pair) in their order.
+    ``scores``: float (B,), a teacher's offline score of each row.
+    ``student_made``: bool (B,), rows that the student generated.
+    ``view``: the same samples as the teacher saw them (other tokenizer, longer context); None: as the student did.
     """
 
     labels: Tensor | None
     mask: Tensor | None
+    response: Tensor | None = None
+    ends: Tensor | None = None
+    groups: Tensor | None = None
+    scores: Tensor | None = None
+    student_made: Tensor | None = None
+    view: Batch | None = None
+
+    @property
+    def taught(self) -> Tensor | None:
+        """(B, T), non-zero at the tokens whose distributions count."""
+        if self.response is None or self.mask is None:
+            return self.mask if self.response is None else self.response
+        return (self.mask != 0) & (self.response != 0)
 
 
 @dataclass(frozen=True)
