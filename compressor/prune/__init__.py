@@ -117,9 +117,12 @@ def _layer_problems(module: nn.Module, example: Batch, config: PruneStage) -> li
         return [
             Problem("layers", "matches nothing: the model has no list of blocks that map a state to one of its shape")
         ]
-    spare = sum(blocks.count - 1 for blocks in lists)
+    blocks, spare = (
+        sum(len(each.positions) for each in lists),
+        sum(len(each.positions) - each.minimum for each in lists),
+    )
     if config.layers > spare:
-        return [Problem("layers", f"{config.layers} is more than can go: of {spare + len(lists)} blocks one must stay")]
+        return [Problem("layers", f"{config.layers} is more than can go: {spare} of the model's {blocks} blocks")]
     return []
 
 
@@ -141,7 +144,8 @@ def _drop_layers(
     if config.importance == "random":
         generator = np.random.default_rng(seed)
         influence = {key: float(generator.random()) for key in influence}
-    dropped = _least(influence, {blocks.container: blocks.count for blocks in lists}, config.layers)
+    spare = {blocks.container: len(blocks.positions) - blocks.minimum for blocks in lists}
+    dropped = _least(influence, spare, config.layers)
     record: list[dict[str, Any]] = []
     facts = []
     for blocks in lists:
@@ -156,13 +160,13 @@ def _drop_layers(
     return work, record, facts
 
 
-def _least(influence: Mapping[tuple[str, int], float], left: dict[str, int], count: int) -> set[tuple[str, int]]:
-    """The ``count`` blocks of least influence, one block of every list staying."""
+def _least(influence: Mapping[tuple[str, int], float], spare: dict[str, int], count: int) -> set[tuple[str, int]]:
+    """The ``count`` blocks of least influence; of every container at most ``spare`` go."""
     dropped: set[tuple[str, int]] = set()
     for key in sorted(influence, key=lambda key: (influence[key], key)):
-        if len(dropped) < count and left[key[0]] > 1:
+        if len(dropped) < count and spare[key[0]] > 0:
             dropped.add(key)
-            left[key[0]] -= 1
+            spare[key[0]] -= 1
     return dropped
 
 

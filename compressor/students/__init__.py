@@ -104,7 +104,8 @@ def _layer_problems(module: nn.Module, example: Batch, config: StudentStage) -> 
 def _longest(module: nn.Module, example: Batch) -> BlockList | None:
     from compressor.models.structure.blocks import find_block_lists
 
-    return max(find_block_lists(module, example), key=lambda blocks: blocks.count, default=None)
+    chains = [blocks for blocks in find_block_lists(module, example) if blocks.minimum]
+    return max(chains, key=lambda blocks: blocks.count, default=None)
 
 
 def _keep_layers(

@@ -19,17 +19,27 @@ DEPTH_NAMES = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")  # conf
 
 @dataclass(frozen=True)
 class BlockList:
-    """A ModuleList (or a Sequential of equal elements) whose elements form a chain of equal shapes."""
+    """Droppable elements of a container: a chain of equals, or blocks of a Sequential that keep their input's shape.
+
+    ``count`` is the number of elements of the container, ``positions`` those that can go, ``minimum`` how many of
+    these must stay (one of a chain; none of the blocks between other layers).
+    """
 
     container: str
     count: int
+    positions: tuple[int, ...]
+    minimum: int = 1
 
 
 Seen = Callable[[str, int, Tensor, Tensor], None]
 
 
 def find_block_lists(module: nn.Module, example: Mapping[str, Tensor]) -> tuple[BlockList, ...]:
-    """Every list of droppable blocks, found by running two samples of ``example``."""
+    """Every list of droppable blocks, found by running two samples of ``example``.
+
+    A block is a composed module (a transformer layer, a residual block) whose output has the shape of its input. It is
+    droppable when it stands in a chain of equals, or in a Sequential, where the next element takes any such tensor.
+    """
     calls: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
 
     def seen(container: str, position: int, before: Tensor, after: Tensor) -> None:
@@ -37,19 +47,41 @@ def find_block_lists(module: nn.Module, example: Mapping[str, Tensor]) -> tuple[
 
     with evaluating(module), watching(module, _candidates(module), seen):
         run(module, few_samples(example))
-    sizes = {name: len(list(module.get_submodule(name).children())) for name in calls}
-    return tuple(BlockList(name, sizes[name]) for name, chain in calls.items() if _is_chain(chain, sizes[name]))
+    found = []
+    for name, chain in calls.items():
+        container = module.get_submodule(name)
+        elements = list(container.children())
+        if _equal(elements) and _is_chain(chain, len(elements)):
+            found.append(BlockList(name, len(elements), tuple(range(len(elements)))))
+        elif isinstance(container, nn.Sequential) and len({position for position, _, _ in chain}) == len(chain):
+            kept = tuple(p for p, before, after in chain if _composed(elements[p]) and before.shape == after.shape)
+            if kept:
+                found.append(BlockList(name, len(elements), kept, minimum=0))
+    return tuple(found)
 
 
 def _candidates(module: nn.Module) -> list[str]:
+    """Containers with at least two elements, of which one is a composed module."""
     names = []
     for name, part in module.named_modules():
         elements = list(part.children())
-        same = len({type(element) for element in elements}) == 1
-        deep = all(list(element.children()) and not isinstance(element, nn.Sequential) for element in elements)
-        if len(elements) >= 2 and same and deep and isinstance(part, nn.ModuleList | nn.Sequential):
+        chain = isinstance(part, nn.ModuleList) and _equal(elements)
+        if (
+            len(elements) >= 2
+            and (chain or isinstance(part, nn.Sequential))
+            and any(_composed(element) for element in elements)
+        ):
             names.append(name)
     return names
+
+
+def _equal(elements: Sequence[nn.Module]) -> bool:
+    return len({type(element) for element in elements}) == 1 and all(_composed(element) for element in elements)
+
+
+def _composed(element: nn.Module) -> bool:
+    """A module with parts of its own that are more than listed layers: a block, not a convolution and its norm."""
+    return bool(list(element.children())) and not isinstance(element, nn.Sequential)
 
 
 def _is_chain(chain: Sequence[tuple[int, Tensor, Tensor]], count: int) -> bool:
@@ -97,8 +129,11 @@ def block_influence(
     """
     totals: dict[tuple[str, int], list[float]] = {}
     mask: list[Tensor | None] = [None]
+    droppable = {(blocks.container, position) for blocks in lists for position in blocks.positions}
 
     def seen(container: str, position: int, before: Tensor, after: Tensor) -> None:
+        if (container, position) not in droppable:
+            return
         axis = -1 if before.dim() == 3 else 1
         cosine = torch.cosine_similarity(before, after, dim=axis)
         weight = mask[0] if mask[0] is not None and mask[0].shape == cosine.shape else torch.ones_like(cosine)
