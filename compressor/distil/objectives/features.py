@@ -17,7 +17,7 @@ from compressor.errors import StageError
 from compressor.recipe import Match
 
 
-class _Matched(SignalObjective):
+class Matched(SignalObjective):
     """Compares pairs of features named by a match; owns a projection per pair where widths differ."""
 
     default_match: ClassVar[Match | None] = Match()
@@ -50,7 +50,7 @@ class _Matched(SignalObjective):
         return found
 
 
-class HiddenMatch(_Matched):
+class HiddenMatch(Matched):
     """Student features imitate the teacher's, layer by layer.
 
     Formula: sum over student layers l of MSE(W_l h_S[l], h_T[g(l)]): mean over features, mean over samples or real
@@ -77,7 +77,7 @@ class HiddenMatch(_Matched):
         return Term(total, count, {"hidden MSE": total.detach()})
 
 
-class CosineMatch(_Matched):
+class CosineMatch(Matched):
     """Student features point the way the teacher's do.
 
     Formula: 1 - cos(W h_S, h_T), summed over the matched layers, mean over samples or real tokens. Feature maps are
@@ -106,7 +106,7 @@ class CosineMatch(_Matched):
         return Term(total, count, {"1 - cosine": total.detach()})
 
 
-class SquareHead(_Matched):
+class SquareHead(Matched):
     """Layer-wise feature error, each layer in units of its teacher's own size.
 
     Formula: mean over layers of MSE(h_S, h_T) / MSE(0, h_T), over all real tokens of the batch. Scaling both models'
