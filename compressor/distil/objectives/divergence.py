@@ -6,6 +6,9 @@ All take teacher and student logits (..., C), work in float32 with natural logar
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,7 +38,9 @@ def reverse_kl(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Te
 
 
 def jensen_shannon(teacher: Tensor, student: Tensor, temperature: float = 1.0, beta: float = 0.5) -> Tensor:
-    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, 0 < beta < 1."""
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; KL(p || q) at beta 0, KL(q || p) at beta 1."""
+    if beta in (0.0, 1.0):
+        return forward_kl(teacher, student, temperature) if beta == 0.0 else reverse_kl(teacher, student, temperature)
     log_p, log_q = log_probabilities(teacher, temperature), log_probabilities(student, temperature)
     p, q = log_p.exp(), log_q.exp()
     log_m = (beta * p + (1 - beta) * q).clamp_min(torch.finfo(torch.float32).tiny).log()
@@ -54,3 +59,47 @@ def total_variation(teacher: Tensor, student: Tensor, temperature: float = 1.0) 
     """Half the sum of |p - q|."""
     p, q = log_probabilities(teacher, temperature).exp(), log_probabilities(student, temperature).exp()
     return 0.5 * (p - q).abs().sum(-1)
+
+
+def adaptive_kl(teacher: Tensor, student: Tensor, temperature: float = 1.0, head: float = 0.5) -> Tensor:
+    """Both directions of KL, weighted by the gaps |p - q| over the teacher's head (mass >= ``head``) and tail."""
+    log_p, log_q = log_probabilities(teacher, temperature), log_probabilities(student, temperature)
+    p, q = log_p.exp(), log_q.exp()
+    ordered, order = p.sort(dim=-1, descending=True, stable=True)
+    in_head = ordered.cumsum(-1) - ordered < head  # the class that crosses the mark belongs to the head
+    gaps = (p - q).abs().detach().gather(-1, order)
+    of_head, of_tail = (gaps * in_head).sum(-1), (gaps * ~in_head).sum(-1)
+    forward, backward = (p * (log_p - log_q)).sum(-1), (q * (log_q - log_p)).sum(-1)
+    return (of_head * forward + of_tail * backward) / (of_head + of_tail).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def bucketed_kl(
+    teacher: Tensor, student: Tensor, temperature: float = 1.0, k: int = 10, tail: float | None = None
+) -> Tensor:
+    """KL over the teacher's ``k`` likeliest classes and one bucket of all others, plus ``tail`` times the KL inside it.
+
+    ``tail`` None is the bucket's mass under the teacher, which makes the sum KL(p || q) (chain rule).
+    """
+    if k >= teacher.shape[-1]:
+        return forward_kl(teacher, student, temperature)
+    log_p, log_q = log_probabilities(teacher, temperature), log_probabilities(student, temperature)
+    top = log_p.topk(k, dim=-1).indices
+    inside = torch.zeros_like(log_p, dtype=torch.bool).scatter(-1, top, True)
+    rest_p, rest_q = (x.masked_fill(inside, -1e9).logsumexp(-1) for x in (log_p, log_q))
+    gap, rest_gap = log_p - log_q, rest_p - rest_q
+    rest = rest_p.exp()
+    buckets = (log_p.exp() * gap * inside).sum(-1) + rest * rest_gap
+    tail_p = (log_p - rest_p.unsqueeze(-1)).masked_fill(inside, -1e9).exp()  # filled first: a tiny rest overflows
+    shape = (tail_p * (gap - rest_gap.unsqueeze(-1))).sum(-1)
+    return buckets + (rest if tail is None else tail) * shape
+
+
+def log_mean_probabilities(teachers: Sequence[Tensor]) -> Tensor:
+    """Logits whose softmax is the mean of the teachers' probabilities (methods L11): any objective can learn from it.
+
+    >>> two = [torch.tensor([[0.0, 0.0]]), torch.tensor([[100.0, 0.0]])]
+    >>> log_mean_probabilities(two).exp()
+    tensor([[0.7500, 0.2500]])
+    """
+    found = torch.stack([log_probabilities(teacher, 1.0) for teacher in teachers])
+    return found.logsumexp(0) - math.log(len(teachers))

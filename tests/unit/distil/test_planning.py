@@ -74,7 +74,7 @@ def test_check_lists_every_problem_with_its_place():
             "objective": [
                 {"use": "kdd"},
                 {"use": "kd", "options": {"temperture": 2}},
-                {"use": "jsd", "options": {"beta": 1.0}},
+                {"use": "jsd", "options": {"beta": 1.5}},
                 {"use": "kd", "match": {}},
                 {"use": "minilm-relations"},
                 {"use": "hidden", "match": {"map": "last"}},
@@ -88,7 +88,7 @@ def test_check_lists_every_problem_with_its_place():
     assert found == [
         "stage.1.objective.0.use: unknown objective `kdd`; did you mean `kd`?",
         "stage.1.objective.1.options.temperture: unknown key; did you mean `temperature`?",
-        "stage.1.objective.2.options.beta: must be less than 1.0",
+        "stage.1.objective.2.options.beta: must be at most 1.0",
         "stage.1.objective.3.match: `kd` takes no match",
         "stage.1.objective.4.use: the student has no `qkv` signals; one of hidden, logits",
         "stage.1.objective.4.use: the teacher has no `qkv` signals; one of hidden, logits",
