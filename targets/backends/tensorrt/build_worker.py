@@ -6,23 +6,12 @@ driver), and Myelin writes to the C level's stderr. None of that may happen in t
 
 from __future__ import annotations
 
-import ctypes
-import json
-import os
-import signal
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from targets.backends.tensorrt.builder import Journal, RefusalError, build, load_module
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent goes, so that ``kill -9`` of a run leaves no orphan."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+from targets.isolation import serve
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,16 +31,5 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         return {"ok": False, "stage": "write", "error": str(error), "nodes": []}
 
 
-def main() -> int:
-    die_with_parent()
-    # The library's C code may print: everything it says goes to stderr, and the reply keeps stdout for itself.
-    reply_stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    request = json.load(sys.stdin)
-    with reply_stream:
-        json.dump(answer(request), reply_stream)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(answer))
