@@ -17,7 +17,32 @@ Ratio = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
-class TeacherConfig(Frozen):
+class TeacherView(Frozen):
+    """What a teacher sees, and what is known of it. Shared by the main teacher and by further ones."""
+
+    weight: Positive = 1.0  # among several teachers; only the ratio counts
+    view: Literal["same", "clean"] = "same"  # clean: without the student's augmentation
+    max_length: Annotated[int, Field(ge=8)] | None = None  # tokens it sees; the data's when left out
+    size: tuple[int, int] | None = None  # height, width of the pictures it sees; the student's when left out
+    label_smoothing: Ratio | None = None  # it was trained with; warns when a temperature above 1 would meet it
+    trained_on: tuple[str, ...] = ()  # sources of its own training data; compared with test, never trained on here
+
+
+class MoreTeacher(TeacherView):
+    """A further teacher. The student never starts from it; it only gives signals.
+
+    Its logits join the combined ``logits``; its own signals are ``name:logits``, ``name:hidden[i]`` ... A Python factory
+    is given on the command line as ``--teacher NAME=pkg.mod:factory``; an ``.onnx`` file gives logits only.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")]
+    model: str | None = None
+    revision: str | None = None
+    licence: str | None = None
+    signals: dict[str, str] = {}  # as for the main teacher
+
+
+class TeacherConfig(TeacherView):
     """Where the trained model is.
 
     ``model`` is a Hugging Face checkpoint folder, a hub id, or an ``.onnx`` file. It is left out when the model is a
@@ -30,6 +55,18 @@ class TeacherConfig(Frozen):
     licence: str | None = None  # found from the model card when left out
     trust_remote_code: Literal[False] = False  # refused in files; `--trust-remote-code` allows it for one run
     signals: dict[str, str] = {}  # "hidden[0]" = "stage1": module paths of named signals, for factories
+    more: tuple[MoreTeacher, ...] = ()  # further teachers, `[[teacher.more]]`
+    weights: Literal["fixed", "learned", "confidence", "agreement"] = "fixed"  # how several teachers are weighed
+    drop: Ratio = 0.0  # probability that a teacher is left out for a sample, the one farthest from the student never
+
+    @field_validator("more")
+    @classmethod
+    def _names(cls, value: tuple[MoreTeacher, ...]) -> tuple[MoreTeacher, ...]:
+        names = ["main", *(item.name for item in value)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"the name `{twice[0]}` is given twice (`main` is the first teacher)")
+        return value
 
 
 class ImagePreprocess(Frozen):
@@ -61,6 +98,8 @@ class DataConfig(Frozen):
     max_length: Annotated[int, Field(ge=8)] = 128  # tokens
     limit: Annotated[int, Field(ge=1)] | None = None  # keep the first N train samples (for trials)
     duplicates: Literal["refuse", "drop"] = "refuse"  # train samples that also stand in test
+    near_duplicates: Literal["report", "drop", "refuse", "off"] = "report"  # train samples almost equal to a test one
+    fresh: str | None = None  # a second labelled test source, collected anew or paraphrased: the canary
     preprocess: ImagePreprocess | None = None  # images of factories and ONNX files; checkpoints bring their own
 
 
@@ -157,10 +196,14 @@ class DistilStage(Frozen):
     augment: tuple[Literal["flip", "shift", "erase", "token-drop"], ...] = ()
     views: Annotated[int, Field(ge=1)] = 1  # fixed augmented views a sample; the teacher is cached per view
     cache: Literal["auto", "on", "off"] = "auto"
+    cache_logits: Annotated[int, Field(ge=1)] | None = None  # keep the teacher's k largest logits; all when left out
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     patience: Annotated[int, Field(ge=1)] | None = None  # epochs without a better validation score
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     freeze: tuple[str, ...] = ()  # parameter name patterns
+
+
+Correction = Literal["equalise", "smooth", "bias"]
 
 
 class QuantizeStage(Frozen):
@@ -169,8 +212,11 @@ class QuantizeStage(Frozen):
     kind: Literal["quantize"]
     engines: tuple[Literal["onnxruntime", "nncf"], ...] = ("onnxruntime", "nncf")
     schemes: tuple[Literal["static-per-channel", "static-per-tensor", "dynamic"], ...] | Literal["auto"] = "auto"
-    calibration: Literal["minmax", "percentile", "entropy"] = "minmax"
-    samples: Annotated[int, Field(ge=1)] = 256
+    calibration: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "minmax"  # auto: the best on the data
+    corrections: tuple[Correction, ...] | Literal["auto"] = "auto"  # auto: those that help on the calibration data
+    samples: Annotated[int, Field(ge=1)] = 256  # of the calibration split, balanced over classes
+    restore: Literal["auto", "never"] = "auto"  # put layers back to float when no int8 file keeps `max_drop`
+    trials: Annotated[int, Field(ge=1)] = 16  # files that may be made and scored on validation for that
 
 
 Stage = Annotated[StudentStage | PruneStage | DistilStage | QuantizeStage, Field(discriminator="kind")]
