@@ -1,4 +1,4 @@
-"""Objectives that cut the output distribution apart: the true class and the others, samples and classes (methods L3)."""
+"""Objectives that take the output distribution apart: label and other classes, samples and classes (methods L3)."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ class Dist(LogitObjective):
     """Correlation instead of equality: how the classes of a sample compare, and how the samples of a class compare.
 
     Formula: beta * tau^2 (1 - mean over samples of rho(q_i, p_i)) + gamma * tau^2 (1 - mean over classes of rho(q_:c,
-    p_:c)), rho Pearson's correlation of probabilities at temperature tau. The second part is over the batch, so the batch
-    must be large enough to tell the samples of a class apart.
+    p_:c)), rho Pearson's correlation of probabilities at temperature tau. The second part is over the batch, which must
+    be large enough to tell the samples of a class apart.
 
     Shapes: logits (N, C) of both models, or (N, T, C) with a token mask; same classes.
     Paper: Huang et al., "Knowledge Distillation from A Stronger Teacher", 2022 (methods L3).

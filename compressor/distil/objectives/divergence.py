@@ -38,7 +38,7 @@ def reverse_kl(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Te
 
 
 def jensen_shannon(teacher: Tensor, student: Tensor, temperature: float = 1.0, beta: float = 0.5) -> Tensor:
-    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; KL(p || q) at beta 0, KL(q || p) at beta 1."""
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; forward KL at beta 0, reverse at 1."""
     if beta in (0.0, 1.0):
         return forward_kl(teacher, student, temperature) if beta == 0.0 else reverse_kl(teacher, student, temperature)
     log_p, log_q = log_probabilities(teacher, temperature), log_probabilities(student, temperature)

@@ -51,12 +51,12 @@ class PlackettLuce(LogitObjective):
     weight on the first place it is the cross-entropy, so set `labels = 0` in the stage.
 
     `first = "teacher"` ranks by the teacher alone (unlabelled data); `weights = "uniform"` gives each place weight 1,
-    and `top` ranks only that many places: the others are "easy" items that only stand in the denominators. With a list of
-    candidates as the row (the positive and hard negatives, then easy ones) this is contrastive partial ranking.
+    and `top` ranks only that many places: the others are "easy" items that only stand in the denominators. With a list
+    of candidates as the row (hard negatives among easy ones) this is contrastive partial ranking.
 
     Shapes: logits (N, C) of both models with labels (N,), or (N, T, C) with labels (N, T); same classes.
-    Paper: "Knowledge Distillation as a Plackett-Luce ranking" (PLD), 2025, arXiv 2506.12542 (methods L4); partial lists:
-    "Contrastive Partial Ranking Distillation", Chen et al., 2024 (methods W10, form ours).
+    Paper: "PLD: A Choice-Theoretic List-Wise Knowledge Distillation", 2025, arXiv 2506.12542 (methods L4); partial
+    lists: after contrastive partial ranking distillation, CPRD, 2024 (methods W10, form ours).
     Defaults: temperature 1 (of the teacher's weights), first label, weights teacher, top 0: all places.
     When: classification without a mixing weight to tune; better than labels alone from 500 to 10 000 images.
     Worked number: the logits of `kd` with labels 0, 1, 2 give 0.966879.

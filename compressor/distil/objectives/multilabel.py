@@ -19,7 +19,7 @@ from compressor.recipe import Match
 def binary_label_term(logits: Tensor, batch: Batch) -> Term:
     """Binary cross-entropy with the labels of a multi-label task, mean over samples and classes.
 
-    ``logits`` and ``batch.labels`` are (B, C); entries below 0 are unknown and count neither in the sum nor in the count.
+    ``logits`` and ``batch.labels`` are (B, C); entries below 0 are unknown and do not count.
     """
     assert batch.labels is not None  # the loop always gives labels, -100 where there is none
     known = batch.labels >= 0

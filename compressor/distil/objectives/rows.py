@@ -51,8 +51,8 @@ def taught(batch: Batch, logits: Tensor) -> Tensor:
 def paired(student: Tensor, teacher: Tensor, batch: Batch) -> Rows:
     """Rows of both models that speak of the same thing, with a common number of classes.
 
-    Where the teacher saw the samples in another view (a longer context), the k-th taught position of the student belongs
-    to the k-th of the teacher.
+    Where the teacher saw the samples in another view (a longer context), the k-th taught position of the student
+    belongs to the k-th of the teacher.
 
     Raises:
         StageError: classes or positions differ.
