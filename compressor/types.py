@@ -16,7 +16,20 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Inputs = Mapping[str, Array]
 
-Task = Literal["image-classification", "text-classification", "sentence-embedding", "generic"]
+Task = Literal[
+    "image-classification",
+    "text-classification",
+    "multi-label-image-classification",
+    "multi-label-text-classification",
+    "token-classification",
+    "sentence-embedding",  # judged against the teacher's own similarities
+    "sentence-similarity",  # judged against human scores of pairs
+    "retrieval",  # judged by the ranking of passages
+    "causal-lm",
+    "generic",
+]
+MULTI_LABEL: frozenset[Task] = frozenset({"multi-label-image-classification", "multi-label-text-classification"})
+EMBEDDING: frozenset[Task] = frozenset({"sentence-embedding", "sentence-similarity", "retrieval"})
 Role = Literal["teacher", "student", "null-twin"]
 
 

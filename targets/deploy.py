@@ -14,9 +14,11 @@ from compressor.errors import CompileError, CompressError, TargetUnavailable, sd
 from compressor.evaluate import (
     EvalSet,
     agreement,
+    further,
     is_distribution,
     loyalty,
     score,
+    unit_of,
 )
 from compressor.profile import HardwareProfile
 from compressor.types import Array, Artifact, Figure, Measurement, Origin, Unavailable
@@ -160,10 +162,11 @@ def _score_validation(run: Deployment) -> None:
 def _metric(run: Deployment, outputs: Array, evalset: EvalSet, reference: Array | None) -> Figure:
     assert run.site is not None
     try:
-        value = score(run.data.task, outputs, evalset.labels, reference)
+        value = score(run.data.task, outputs, evalset.labels, reference, run.data.labels)
     except ValueError as error:
         return Unavailable(str(error))
-    return Measurement(value, "1", run.site.origin, run.site.device, {"samples": len(evalset)})
+    detail = {"samples": len(evalset), **further(run.data.task, outputs, evalset.labels)}
+    return Measurement(value, unit_of(run.data.task), run.site.origin, run.site.device, detail)
 
 
 # ---------------------------------------------------------------- rows
@@ -248,7 +251,7 @@ def _is_plain(artifact: Artifact, row: Row) -> bool:
 
 def _has_classes(run: Deployment, outputs: Array) -> bool:
     return run.data.task in CLASSIFICATION or (
-        outputs.ndim == 2 and (run.data.test is not None) and _labelled(run, outputs)
+        run.data.task == "generic" and outputs.ndim == 2 and (run.data.test is not None) and _labelled(run, outputs)
     )
 
 

@@ -22,9 +22,11 @@ Rules, in this order:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from compressor.evaluate import PERPLEXITY, quality
 from compressor.types import Figure, Measurement
 from targets.coverage import explain
 from targets.outcome import Promise, Row, State
@@ -81,6 +83,11 @@ def value_of(figure: Figure) -> float | None:
     return figure.value if isinstance(figure, Measurement) else None
 
 
+def quality_of(figure: Figure) -> float:
+    """The score as a number that grows with quality: minus the logarithm of a perplexity, otherwise itself."""
+    return quality(figure.value, figure.unit) if isinstance(figure, Measurement) else -math.inf
+
+
 def misses_of(row: Row, baseline: Row | None, plain: Row | None, promise: Promise) -> list[Miss]:
     """Every limit that ``row`` misses, most important first."""
     found = [*_accuracy_misses(row, baseline, promise), *_limit_misses(row, promise)]
@@ -100,10 +107,13 @@ def _accuracy_misses(row: Row, baseline: Row | None, promise: Promise) -> list[M
     if wanted is None or got is None:
         reason = getattr(row.validation, "reason", "") or "no figure"
         return [Miss(f"its accuracy is unknown ({reason})", 1.0, accuracy=True)]
-    drop = wanted - got
+    drop = quality_of(baseline.validation) - quality_of(row.validation)
     if drop <= promise.max_drop + ROUNDING:
         return []
     told = f"it loses {100 * drop:.2f} points on validation, {100 * promise.max_drop:.2f} are allowed"
+    if getattr(row.validation, "unit", "1") == PERPLEXITY:
+        rise, allowed = math.expm1(drop), math.expm1(promise.max_drop)
+        told = f"its perplexity is {rise:.1%} higher on validation, {allowed:.1%} is allowed"
     return [Miss(told, drop - promise.max_drop, accuracy=True)]
 
 
@@ -185,15 +195,13 @@ def _smallest(rows: list[Row]) -> Row:
     """The smallest file; among files within ``TIE`` of it the most accurate; then the first by name."""
     least = min(value_of(row.file_bytes) or 0.0 for row in rows)
     near = [row for row in rows if (value_of(row.file_bytes) or 0.0) <= least * (1 + TIE)]
-    return min(
-        near, key=lambda row: (-(value_of(row.validation) or 0.0), value_of(row.file_bytes) or 0.0, row.artifact.name)
-    )
+    return min(near, key=lambda row: (-quality_of(row.validation), value_of(row.file_bytes) or 0.0, row.artifact.name))
 
 
 def _nearest(usable: list[Row], misses: dict[str, tuple[Miss, ...]]) -> tuple[Row, str]:
     accurate = [row for row in usable if not any(miss.accuracy for miss in misses[row.artifact.name])]
     gaps = {name: sum(miss.gap for miss in found) for name, found in misses.items()}
-    nearest = min(accurate or usable, key=lambda row: (gaps[row.artifact.name], -(value_of(row.validation) or -1.0)))
+    nearest = min(accurate or usable, key=lambda row: (gaps[row.artifact.name], -quality_of(row.validation)))
     return nearest, "misses the limits by least"
 
 

@@ -74,13 +74,12 @@ def predictions(run: Deployment, trial: Trial, evalset: EvalSet) -> Array:
         raise RunError("there is no runtime here that could run the file")
     inputs_digest = getattr(evalset, "digest", None)
     level = site.profile.runtime.graph_level
-    key = json.dumps(
-        [artifact.digest, site.key, level, run.profile.options if not site.stand_in else {}, inputs_digest]
-    )
+    options = run.profile.options if not site.stand_in else {}
+    key = json.dumps([artifact.digest, site.key, level, options, inputs_digest, run.data.task])
     if inputs_digest is not None and key in run.cache:
         return run.cache[key]
     with sdk_errors(RunError, f"run `{artifact.name}`"), site.open(trial.compiled) as session:
-        found = predict(session.run, evalset, EVALUATION_BATCH, specs=artifact.inputs)
+        found = predict(session.run, evalset, EVALUATION_BATCH, specs=artifact.inputs, task=run.data.task)
     if not np.isfinite(found).all():
         raise RunError(f"`{artifact.name}` gives NaN or infinite outputs")
     if inputs_digest is not None:

@@ -151,7 +151,7 @@ def evaluation_data(session: Session) -> EvaluationData:
         task=session.model.task,
         validation=SplitEvalSet(validation),
         test=SplitEvalSet(session.data.splits["test"]),
-        labels=session.model.labels,
+        labels=session.data.labels,
         latency_inputs=samples,
     )
 
@@ -282,7 +282,7 @@ def summarise(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=" ".join(["compress-for-device", *sys.argv[1:]]),
         task=model.task,
-        metric=metric_name(model.task),
+        metric=metric_name(model.task, data.labels),
         recipe=session.recipe.model_dump(mode="json"),
         seed=session.recipe.seed,
         machine=facts(),

@@ -68,7 +68,9 @@ def _cells(row: Row, metric: str, notes: Footnotes) -> list[str]:
 
 def _accuracy(row: Row, metric: str, notes: Footnotes) -> str:
     """The test figure; for candidates that were not chosen the validation figure, marked."""
-    percent = metric != "Spearman against teacher"
+    from targets.report.figures import is_percentage
+
+    percent = is_percentage(metric)
 
     def say(figure: Measurement, split: str) -> str:
         number = f"{100 * figure.value:.2f}%" if percent else f"{figure.value:.4f}"

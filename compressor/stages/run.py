@@ -107,13 +107,14 @@ class Run:
         return run
 
     def validation_score(self, module: nn.Module) -> float:
-        """The task metric of a torch module on the validation split (never on test)."""
-        from compressor.evaluate import SplitEvalSet, predict, score
+        """The task metric of a torch module on validation (never on test); a perplexity as minus its logarithm."""
+        from compressor.evaluate import SplitEvalSet, predict, quality, score, unit_of
 
+        task = self.model.task
         split = SplitEvalSet(self.data.splits["validation"])
-        outputs = predict(self.runner(module), split, 256)
-        reference = self.teacher_validation if self.model.task == "sentence-embedding" else None
-        return score(self.model.task, outputs, split.labels, reference)
+        outputs = predict(self.runner(module), split, 256 if task != "causal-lm" else 16, task=task)
+        reference = self.teacher_validation if task == "sentence-embedding" else None
+        return quality(score(task, outputs, split.labels, reference, self.data.labels), unit_of(task))
 
     @cached_property
     def teacher_validation(self) -> np.ndarray[Any, Any]:

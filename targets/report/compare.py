@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from compressor.evaluate import PERPLEXITY
 from compressor.types import Figure, Measurement, Unavailable
 from targets.outcome import ProfileOutcome, Row, RunSummary
 from targets.report.figures import is_percentage, points, score, value_of
@@ -30,9 +31,11 @@ def drop(row: Row, outcome: ProfileOutcome) -> tuple[str, float] | None:
 
 
 def difference(row: Row, other: Row) -> tuple[str, float] | None:
-    """Split and ``row - other`` of the task's metric; None when no split has both."""
+    """Split and ``row - other`` of the task's metric (a perplexity: their ratio - 1); None when no split has both."""
     for split, mine, theirs in (("test", row.test, other.test), ("validation", row.validation, other.validation)):
         if isinstance(mine, Measurement) and isinstance(theirs, Measurement):
+            if mine.unit == PERPLEXITY:
+                return split, mine.value / theirs.value - 1
             return split, mine.value - theirs.value
     return None
 
@@ -88,6 +91,10 @@ def _twin_sentence(outcome: ProfileOutcome, summary: RunSummary) -> str:
         if value is not None
     )
     head = f"Distillation bought {points(bought, summary.metric)}{unit} of {summary.metric} on {split} ({scores})"
+    if summary.metric == PERPLEXITY:
+        return (
+            f"Distillation changed {PERPLEXITY} by {points(bought, PERPLEXITY)} on {split} ({scores}; lower is better)."
+        )
     return head + _noise(bought, student, twin, split, summary)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from compressor.evaluate import PERPLEXITY
 from compressor.types import Artifact, Figure, Measurement, Unavailable
 
 MIB = 1024 * 1024
@@ -32,19 +33,25 @@ def score(value: float, metric: str) -> str:
     """A task metric in 0..1 as text: ``93.42 %`` or ``0.8731``."""
     if not math.isfinite(value):
         return "not finite"
+    if metric == PERPLEXITY:
+        return significant(value, 4)
     return f"{100 * value:.2f} %" if is_percentage(metric) else f"{value:.4f}".replace("-", MINUS)
 
 
 def points(difference: float, metric: str) -> str:
     """A signed difference of two scores, in percentage points where the metric is a percentage.
 
+    Of two perplexities: by how much (in per cent) the first is higher, which is worse.
+
     >>> points(-0.0123, "accuracy"), points(0.002, "Spearman against teacher"), points(0.0, "accuracy")
     ('−1.23', '+0.0020', '±0.00')
     """
-    text = f"{100 * difference:.2f}" if is_percentage(metric) else f"{difference:.4f}"
+    text = f"{100 * difference:.2f}" if is_percentage(metric) or metric == PERPLEXITY else f"{difference:.4f}"
     if not text.strip("-0."):
-        return "±" + text.lstrip("-")
-    return MINUS + text[1:] if text.startswith("-") else "+" + text
+        signed = "±" + text.lstrip("-")
+    else:
+        signed = MINUS + text[1:] if text.startswith("-") else "+" + text
+    return f"{signed} %" if metric == PERPLEXITY else signed
 
 
 def milliseconds(value: float) -> str:

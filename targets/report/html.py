@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from compressor.evaluate import PERPLEXITY
 from compressor.types import Figure, Measurement, Unavailable
 from targets.outcome import ProfileOutcome, Row, RunSummary, State
 from targets.report import figures
@@ -190,7 +192,9 @@ def _promise(outcome: ProfileOutcome, metric: str) -> str:
     unit = " points" if figures.is_percentage(metric) else ""
     parts = []
     if promise.max_drop is not None:
-        parts.append(f"at most {figures.points(promise.max_drop, metric).lstrip('+±')}{unit} of {metric} lost")
+        lost = figures.points(promise.max_drop, metric).lstrip("+±")
+        perplexity = f"{PERPLEXITY} at most {figures.points(math.expm1(promise.max_drop), metric).lstrip('+±')} higher"
+        parts.append(perplexity if metric == PERPLEXITY else f"at most {lost}{unit} of {metric} lost")
     if promise.max_latency_ms is not None:
         parts.append(f"p50 at most {figures.milliseconds(promise.max_latency_ms)}")
     if promise.max_size_mib is not None:

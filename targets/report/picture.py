@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+from compressor.evaluate import PERPLEXITY
 from targets.outcome import ProfileOutcome, Row
 from targets.report import figures
 from targets.report.axes import Axis, Tick, axis
@@ -103,7 +104,7 @@ def draw(outcome: ProfileOutcome, metric: str, width: float, height: float) -> P
     floor_value = _floor_value(outcome, split)
     heights = [point.y for point in points] + ([floor_value] if floor_value is not None else [])
     up = axis(heights, plot.bottom, plot.top, log=False, margin=_MARGIN_PX)
-    front = pareto_front(points)
+    front = pareto_front(points, falling=metric == PERPLEXITY)
     floor, ceiling = _floor(floor_value, up, outcome, metric), _ceiling(outcome, across, plot) if by_latency else None
     canvas = Canvas(plot, across, up, by_latency, width < _NARROW_PX)
     return Picture(
@@ -127,12 +128,15 @@ def draw(outcome: ProfileOutcome, metric: str, width: float, height: float) -> P
     )
 
 
-def pareto_front(points: list[Point]) -> list[int]:
-    """Indices of points that no other beats in both coordinates, from the cheapest on (smaller x, larger y)."""
-    best, found = -math.inf, []
-    for index in sorted(range(len(points)), key=lambda at: (points[at].x, -points[at].y)):
-        if points[index].y > best:
-            best = points[index].y
+def pareto_front(points: list[Point], *, falling: bool = False) -> list[int]:
+    """Indices of points that no other beats in both coordinates, from the cheapest on (smaller x, larger y).
+
+    ``falling``: smaller y is better.
+    """
+    best, sign, found = -math.inf, -1 if falling else 1, []
+    for index in sorted(range(len(points)), key=lambda at: (points[at].x, -sign * points[at].y)):
+        if sign * points[index].y > best:
+            best = sign * points[index].y
             found.append(index)
     return found
 
@@ -175,15 +179,20 @@ def _absent(outcome: ProfileOutcome, points: list[Point], split: str, by_latency
 def _floor_value(outcome: ProfileOutcome, split: str) -> float | None:
     teacher, limit = teacher_of(outcome), outcome.promise.max_drop
     reference = figures.value_of(getattr(teacher, split)) if teacher is not None else None
-    return reference - limit if reference is not None and limit is not None else None
+    if reference is None or limit is None:
+        return None
+    figure = getattr(teacher, split)
+    return reference * math.exp(limit) if figure.unit == PERPLEXITY else reference - limit
 
 
 def _floor(value: float | None, up: Axis, outcome: ProfileOutcome, metric: str) -> Limit | None:
     if value is None:
         return None
     unit = " points" if figures.is_percentage(metric) else ""
-    allowed = figures.points(outcome.promise.max_drop or 0.0, metric).lstrip("+±")
-    return Limit(round(up.place(value), 1), f"accepted: {allowed}{unit} below the teacher")
+    drop = outcome.promise.max_drop or 0.0
+    allowed = figures.points(math.expm1(drop) if metric == PERPLEXITY else drop, metric).lstrip("+±")
+    side = "above" if metric == PERPLEXITY else "below"
+    return Limit(round(up.place(value), 1), f"accepted: {allowed}{unit} {side} the teacher")
 
 
 def _ceiling(outcome: ProfileOutcome, across: Axis, plot: Box) -> Limit | None:

@@ -1,0 +1,111 @@
+"""Metrics of sentence embeddings: rank correlation of similarities, and ranking of passages. numpy only."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+from compressor.types import Array
+
+PAIR_CAP = 200_000  # pairs of the similarity matrix that the rank correlation looks at: 1.6 MB of float64
+RANKED = 10  # nDCG@10, as the BEIR benchmark reports it
+BLOCK = 1024  # queries that are ranked at a time
+
+
+def similarity_correlation(outputs: Array, reference: Array, cap: int = PAIR_CAP) -> float:
+    """Spearman's rank correlation of the pairwise cosine similarities of two sets of N embeddings (widths may differ).
+
+    All N (N - 1) / 2 pairs, or ``cap`` of them drawn with a fixed seed that depends on N only: the same pairs for every
+    model, so that scores compare. Ties get their mean rank. 1.0 when both are constant and equal.
+    """
+    first, second = _pairs(len(outputs), cap)
+    mine, theirs = (
+        _ranks(_cosines(np.asarray(array, dtype=np.float64), first, second)) for array in (outputs, reference)
+    )
+    return _correlation(mine, theirs)
+
+
+def _correlation(mine: Array, theirs: Array) -> float:
+    mine, theirs = mine - mine.mean(), theirs - theirs.mean()
+    size = np.sqrt(np.sum(mine**2) * np.sum(theirs**2))
+    return float(np.sum(mine * theirs) / size) if size > 0 else float(np.array_equal(mine, theirs))
+
+
+def _pairs(count: int, cap: int) -> tuple[Array, Array]:
+    if count < 2:
+        raise ValueError("a correlation of similarities needs at least two samples")
+    if count * (count - 1) // 2 <= cap:
+        first, second = np.triu_indices(count, k=1)
+        return first, second
+    random = np.random.Generator(np.random.PCG64(zlib.crc32(f"pairs-{count}".encode())))
+    first = random.integers(0, count, cap)
+    return first, (first + random.integers(1, count, cap)) % count  # never a sample with itself
+
+
+def _cosines(embeddings: Array, first: Array, second: Array) -> Array:
+    unit = _unit(embeddings)
+    step = max(1, 4_000_000 // unit.shape[1])  # pairs at a time: two blocks of 32 MB
+    parts = [
+        np.einsum("ij,ij->i", unit[first[at : at + step]], unit[second[at : at + step]])
+        for at in range(0, len(first), step)
+    ]
+    return np.concatenate(parts)
+
+
+def _ranks(values: Array) -> Array:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return np.asarray((last - (counts - 1) / 2)[inverse], dtype=np.float64)
+
+
+def pair_correlation(outputs: Array, judgements: Array) -> float:
+    """Spearman's rank correlation between the cosine of both texts of a pair and its human score (STS).
+
+    ``outputs`` (M, D): one row a text. ``judgements`` float (M, 2): number of the pair, score of the pair; the texts of
+    a pair are neighbours. Raises ValueError with fewer than two pairs.
+    """
+    first = np.arange(0, len(outputs), 2)
+    if len(first) < 2:
+        raise ValueError("a correlation with human scores needs at least two pairs")
+    cosines = _cosines(np.asarray(outputs, dtype=np.float64), first, first + 1)
+    return _correlation(_ranks(cosines), _ranks(np.asarray(judgements[first, 1], dtype=np.float64)))
+
+
+def ranking_gain(outputs: Array, judgements: Array, at: int = RANKED) -> float:
+    """Mean nDCG@``at`` over the queries, all passages of the set being the corpus.
+
+    ``outputs`` (M, D) by cosine. ``judgements`` int (M, 2): number of the text's query text (equal texts have equal
+    numbers), 0 for a query and 1 + number of the passage text for a passage; the rows of a pair are neighbours. A
+    passage is relevant (gain 1) to the queries it stands beside. DCG with log2(rank + 1) (Jarvelin and Kekalainen,
+    2002); ties keep the order of the passages. Raises ValueError without queries.
+    """
+    queries, first_query = np.unique(judgements[0::2, 0], return_index=True)
+    passages, first_passage = np.unique(judgements[1::2, 1], return_index=True)
+    if not len(queries):
+        raise ValueError("there are no queries to rank passages for")
+    unit = _unit(np.asarray(outputs, dtype=np.float64))
+    asked, corpus = unit[2 * first_query], unit[2 * first_passage + 1]
+    rows = np.searchsorted(queries, judgements[1::2, 0])
+    columns = np.searchsorted(passages, judgements[1::2, 1])
+    total = 0.0
+    for start in range(0, len(queries), BLOCK):
+        here = (rows >= start) & (rows < start + BLOCK)
+        relevant = np.zeros((min(BLOCK, len(queries) - start), len(passages)), dtype=bool)
+        relevant[rows[here] - start, columns[here]] = True
+        total += float(_gains(asked[start : start + BLOCK] @ corpus.T, relevant, at).sum())
+    return total / len(queries)
+
+
+def _gains(scores: Array, relevant: Array, at: int) -> Array:
+    """nDCG of each row."""
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :at]
+    discounts = 1 / np.log2(np.arange(2, order.shape[1] + 2))
+    found = np.take_along_axis(relevant, order, axis=1) @ discounts
+    ideal = np.concatenate([[0.0], np.cumsum(discounts)])[np.minimum(relevant.sum(axis=1), order.shape[1])]
+    return np.asarray(found / ideal)
+
+
+def _unit(embeddings: Array) -> Array:
+    length = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    return np.divide(embeddings, length, out=np.zeros_like(embeddings), where=length > 0)
