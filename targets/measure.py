@@ -12,11 +12,14 @@ Rules:
    other processes of the machine. Turns run with real-time priority where that is permitted; runs in which the process
    was still preempted are left out of the figures, and their share is reported. A turn without any clean run counts
    with its fastest run.
-4. **The ratio** of a candidate is the median over rounds of (reference's median / candidate's median) in the same
-   round: what slows a whole round cancels out. What slows the candidates unequally does not: a busy neighbour on the
-   same physical core (on a virtual machine, another customer) takes more from an int8 student than from its fp32
-   teacher, for seconds on end and unseen by the guest. Hence many rounds, and ``fastest_ratio`` beside the ratio: where
-   the two differ by more than a few per cent, the machine was not quiet.
+4. **The ratio** of a candidate is the median over *quiet* rounds of (reference's median / candidate's median) in the
+   same round: what slows a whole round cancels out. What slows the candidates unequally does not: a busy neighbour on
+   the same physical core (on a virtual machine, another customer) takes more from an int8 student than from its fp32
+   teacher, for seconds on end and unseen by the guest. A round is quiet for a pair when the turns of both were within
+   ``quiet`` of undisturbed: the 5th percentile over turns of a turn's fastest run, on inputs of that kind. Rounds go
+   on until ``min_quiet`` of them were, within the budget. The share of quiet rounds and the ratio over all rounds
+   (``ratio_all``) stand beside the ratio; where the two differ by more than a few per cent, the machine was not quiet.
+   Latencies are over all rounds.
 
 Garbage collection is off during a turn. Intervals are 95 %, from order statistics.
 """
@@ -25,7 +28,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 
@@ -36,6 +39,7 @@ from targets.clock import Clock, Priority, SystemClock, available_priority, real
 NORMAL_95 = 1.96  # two-sided 95 % quantile of the normal distribution
 
 Run = Callable[[int], object]  # runs the model once on input number i
+Kinds = Sequence[Hashable]  # of each input
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,12 @@ class Settings:
     turn_ms: float = 15.0
     min_runs: int = 3
     min_rounds: int = 96
-    max_rounds: int = 384
-    budget_s: float = 20.0
+    max_rounds: int = 768
+    min_s: float = 8.0  # when candidates are compared: a busy neighbour must have the time to go away
+    budget_s: float = 24.0
     precision: float = 0.02  # half width of a ratio's interval, relative
+    quiet: float = 1.25  # a turn whose median is within this factor of undisturbed runs counts for the ratio
+    min_quiet: int = 32  # quiet rounds wanted for every ratio
     steady: float = 0.05
     warm_window: int = 3
     warm_round_ms: float = 10.0
@@ -70,9 +77,11 @@ class Timing:
     samples: int
     preempted_share: float  # of all runs; these are not in the figures above
     p99_all_ms: float  # with the preempted runs: what a user of this busy machine would see
-    ratio: float  # reference / this: how many times as fast as the reference
+    ratio: float  # reference / this over quiet rounds: how many times as fast as the reference
     ratio_low: float
     ratio_high: float
+    ratio_all: float  # the same over all rounds
+    quiet_share: float  # of the rounds
     fastest_ms: float  # 1st percentile: the model while nothing else used the processor's shared parts
     fastest_ratio: float  # reference's fastest / this one's
 
@@ -110,7 +119,8 @@ class _Track:
     """What one candidate collected."""
 
     count: int  # runs a turn
-    levels: list[float] = field(default_factory=list)  # ns, one a round
+    levels: list[float] = field(default_factory=list)  # ns, median of each turn
+    fastest: list[float] = field(default_factory=list)  # ns, fastest run of each turn
     clean: list[int] = field(default_factory=list)
     every: list[int] = field(default_factory=list)
 
@@ -121,18 +131,21 @@ def measure(
     inputs: int = 1,
     settings: Settings | None = None,
     clock: Clock | None = None,
+    kinds: Kinds | None = None,
 ) -> Measured:
     """Time all ``runs`` against ``reference`` over ``inputs`` different inputs.
+
+    Inputs of one of the ``kinds`` (equal shapes) take equal time; without it every input is of its own kind.
 
     Raises ValueError when ``reference`` is not among them; what a run raises passes through.
     """
     if reference not in runs:
         raise ValueError(f"the reference `{reference}` is not measured: {', '.join(runs)}")
-    settings, clock = settings or Settings(), clock or SystemClock()
+    settings, clock, kinds = settings or Settings(), clock or SystemClock(), kinds or range(inputs)
     priority = settings.priority or available_priority()
     tracks = {name: _Track(_warm_up(run, inputs, settings, clock)) for name, run in runs.items()}
     started, wall, cpu, done = clock.now_ns(), 0, 0, 0  # ns, ns, ns, rounds
-    while not _enough(tracks, reference, inputs, (clock.now_ns() - started) / 1e9, settings):
+    while not _enough(tracks, reference, kinds, (clock.now_ns() - started) / 1e9, settings):
         for name in _order(list(runs), done):
             turn_wall, turn_cpu = _turn(runs[name], tracks[name], done % inputs, priority, clock)
             wall, cpu = wall + turn_wall, cpu + turn_cpu
@@ -141,7 +154,7 @@ def measure(
         len(track.every) for track in tracks.values()
     )
     contention = Contention(clock.load(), preempted, cpu / max(wall, 1), priority)
-    timings = {name: _timing(track, tracks[reference]) for name, track in tracks.items()}
+    timings = {name: _timing(track, tracks[reference], kinds, settings) for name, track in tracks.items()}
     return Measured(timings, reference, contention)
 
 
@@ -196,38 +209,67 @@ def _turn(run: Run, track: _Track, index: int, priority: Priority, clock: Clock)
         if gc_was_on:
             gc.enable()
     track.levels.append(float(median(clean)) if clean else float(min(every)))
+    track.fastest.append(float(min(clean or every)))
     track.clean += clean
     track.every += every
     return wall, cpu
 
 
-def _enough(tracks: Mapping[str, _Track], reference: str, inputs: int, seconds: float, settings: Settings) -> bool:
+def _enough(tracks: Mapping[str, _Track], reference: str, kinds: Kinds, seconds: float, settings: Settings) -> bool:
     base = tracks[reference]
     done = len(base.levels)
     if seconds > settings.budget_s:
         return done > 5  # what an order statistic needs at least
     if done >= settings.max_rounds:
         return True
-    if done < settings.min_rounds or done % inputs:
+    if done < settings.min_rounds or done % len(kinds):
         return False
     if len(tracks) == 1:
         return relative_half_width(base.levels) <= settings.precision
-    others = [track for track in tracks.values() if track is not base]
-    return all(relative_half_width(_ratios(base, track)) <= settings.precision for track in others)
+    if seconds < settings.min_s:
+        return False
+    found = [_quiet_ratios(base, track, kinds, settings) for track in tracks.values() if track is not base]
+    return all(
+        len(ratios) >= min(settings.min_quiet, settings.min_rounds) and _settled(ratios, settings) for ratios in found
+    )
+
+
+def _settled(ratios: Sequence[float], settings: Settings) -> bool:
+    return relative_half_width(ratios) <= settings.precision
 
 
 def _ratios(reference: _Track, track: _Track) -> list[float]:
     return [base / max(own, 1) for base, own in zip(reference.levels, track.levels, strict=True)]
 
 
+def _quiet_ratios(reference: _Track, track: _Track, kinds: Kinds, settings: Settings) -> list[float]:
+    """Ratios of the rounds in which neither turn was disturbed; all of them when there is no such round."""
+    floors = [_undisturbed(each, kinds) for each in (reference, track)]
+    kept = []
+    for number, ratio in enumerate(_ratios(reference, track)):
+        kind = kinds[number % len(kinds)]
+        levels = (reference.levels[number], track.levels[number])
+        if all(level <= floor[kind] * settings.quiet for level, floor in zip(levels, floors, strict=True)):
+            kept.append(ratio)
+    return kept or _ratios(reference, track)
+
+
+def _undisturbed(track: _Track, kinds: Kinds) -> dict[Hashable, float]:
+    """What a candidate takes on each kind of input while nothing disturbs it, in ns."""
+    turns: dict[Hashable, list[float]] = {}
+    for number, fastest in enumerate(track.fastest):
+        turns.setdefault(kinds[number % len(kinds)], []).append(fastest)
+    return {kind: percentiles(levels, (5,))[0] for kind, levels in turns.items()}
+
+
 def _fastest_ms(track: _Track) -> float:
     return percentiles([value / 1e6 for value in track.clean or track.every], (1,))[0]
 
 
-def _timing(track: _Track, reference: _Track) -> Timing:
+def _timing(track: _Track, reference: _Track, kinds: Kinds, settings: Settings) -> Timing:
     clean = [value / 1e6 for value in track.clean or track.every]
     levels = [value / 1e6 for value in track.levels]
-    ratios = _ratios(reference, track)
+    ratios = _quiet_ratios(reference, track, kinds, settings)
     low, high = median_interval(levels)
     ratio_low, ratio_high = median_interval(ratios)
     p90, p95, p99 = percentiles(clean, (90, 95, 99))
@@ -247,6 +289,8 @@ def _timing(track: _Track, reference: _Track) -> Timing:
         ratio=median(ratios),
         ratio_low=ratio_low,
         ratio_high=ratio_high,
+        ratio_all=median(_ratios(reference, track)),
+        quiet_share=len(ratios) / len(levels),
         fastest_ms=fastest,
         fastest_ratio=_fastest_ms(reference) / max(fastest, 1e-9),
     )

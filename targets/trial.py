@@ -146,7 +146,8 @@ def _time(run: Deployment, files: dict[str, Trial], inputs: dict[str, list[dict[
         reference = reference_of(run).artifact.digest
         first = reference if reference in runs else next(iter(runs))
         with sdk_errors(RunError, "measure the latency"):
-            return measure(runs, first, len(run.data.latency_inputs), run.settings, run.clock)
+            kinds = [tuple(array.shape for array in sample.values()) for sample in run.data.latency_inputs]
+            return measure(runs, first, len(kinds), run.settings, run.clock, kinds)
 
 
 def _cycle(session: Session, samples: list[dict[str, Array]]) -> Callable[[int], object]:
@@ -178,5 +179,11 @@ def _set_latency(run: Deployment, trial: Trial, measured: Measured) -> None:
     if measured.reference != teacher.digest or teacher.role != "teacher":
         trial.speedup = Unavailable("there is no teacher file that runs here")
         return
-    interval = {"ci95_low": timing.ratio_low, "ci95_high": timing.ratio_high, "of_fastest": timing.fastest_ratio}
+    interval = {
+        "ci95_low": timing.ratio_low,
+        "ci95_high": timing.ratio_high,
+        "all_rounds": timing.ratio_all,
+        "quiet_share": timing.quiet_share,
+        "of_fastest": timing.fastest_ratio,
+    }
     trial.speedup = Measurement(timing.ratio, "x", origin, device, common | interval)

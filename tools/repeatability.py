@@ -67,7 +67,7 @@ def measure_once(teacher: Path, student: Path, threads: int, sequence: int, sett
             inputs = random_inputs(session, sequence, 4)
             session.run(None, inputs[0])
             runs[name] = lambda i, session=session, inputs=inputs: session.run(None, inputs[i])
-        return measure(runs, "teacher", inputs=4, settings=settings)
+        return measure(runs, "teacher", inputs=4, settings=settings, kinds=[0] * 4)
 
 
 def agreement(name: str, ratios: list[float]) -> str:
@@ -97,11 +97,11 @@ def main() -> int:
         print(
             f"{number + 1:3d}  teacher {teacher.p50_ms:8.3f} ms  student {student.p50_ms:8.3f} ms  "
             f"ratio {student.ratio:6.3f} [{student.ratio_low:.3f}, {student.ratio_high:.3f}]  "
-            f"fastest {student.fastest_ratio:6.3f}  "
-            f"{student.rounds} rounds; {measured.contention.describe()}",
+            f"all rounds {student.ratio_all:6.3f}  fastest {student.fastest_ratio:6.3f}  "
+            f"{student.rounds} rounds, {student.quiet_share:.0%} quiet; {measured.contention.describe()}",
             flush=True,
         )
-    for name in ("ratio", "fastest_ratio"):
+    for name in ("ratio", "ratio_all", "fastest_ratio"):
         print(agreement(name, [getattr(measured.timings["student"], name) for measured in found]))
     if options.json:
         options.json.write_text(json.dumps([measured.to_json() for measured in found], indent=2), encoding="utf-8")

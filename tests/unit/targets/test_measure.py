@@ -11,7 +11,7 @@ import pytest
 from targets.clock import SystemClock, pinned, real_time
 from targets.measure import Settings, measure, median_interval, relative_half_width
 
-NORMAL = Settings(priority="normal", min_rounds=8, max_rounds=16)
+NORMAL = Settings(priority="normal", min_rounds=8, max_rounds=16, min_s=0.0)
 
 
 class FakeClock:
@@ -102,6 +102,32 @@ def test_all_candidates_of_a_round_run_the_same_input_so_lengths_cancel_out():
     assert (student.ratio, student.ratio_low, student.ratio_high) == (3.0, 3.0, 3.0)
     assert set(seen["student"]) == {0, 1, 2, 3}
     assert student.p50_ms == 2.5
+
+
+def test_a_neighbour_that_slows_candidates_unequally_does_not_move_the_ratio():
+    """Seen on a virtual machine: for a while the student takes 1.7 times as long, the teacher 1.3 times."""
+    clock = FakeClock()
+
+    def busy():
+        return clock.wall // 10**9 % 3 < 2  # two seconds of three
+
+    models = {
+        "teacher": clock.model(lambda i: (4.0 + i) * (1.3 if busy() else 1.0)),
+        "student": clock.model(lambda i: (0.5 + i / 8) * (1.7 if busy() else 1.0)),
+    }
+    settings = Settings(priority="normal", min_rounds=96, max_rounds=384, min_s=0.0, budget_s=1e9)
+    student = measure(models, "teacher", inputs=4, settings=settings, clock=clock).timings["student"]
+    assert student.ratio == pytest.approx(8.0, rel=0.01)
+    assert student.ratio_all == pytest.approx(8.0 * 1.3 / 1.7, rel=0.01)
+    assert 0.2 < student.quiet_share < 0.5
+    assert student.rounds * student.quiet_share >= settings.min_quiet
+
+
+def test_inputs_of_other_lengths_are_not_taken_for_disturbance():
+    clock = FakeClock()
+    models = {name: clock.model(lambda i, k=k: k * (1 + i)) for name, k in (("teacher", 3.0), ("student", 1.0))}
+    measured = measure(models, "teacher", inputs=4, settings=NORMAL, clock=clock)
+    assert measured.timings["student"].quiet_share == 1.0
 
 
 def test_rounds_rotate_so_that_nobody_always_goes_first():
