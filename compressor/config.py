@@ -95,7 +95,7 @@ def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
             found = inner
         elif tagged:
             found = tagged
-    return sorted({name for candidate in found for name in candidate.model_fields})
+    return sorted({field.alias or name for candidate in found for name, field in candidate.model_fields.items()})
 
 
 def _tags(model: type[BaseModel]) -> tuple[Any, ...]:

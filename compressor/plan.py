@@ -9,6 +9,7 @@ from compressor.config import suggestion
 from compressor.errors import Problem
 from compressor.profile import HardwareProfile
 from compressor.recipe import DistilStage, PruneStage, QuantizeStage, Recipe, StudentStage
+from compressor.schedule import shown
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def steps_of(recipe: Recipe, kind: str) -> tuple[str, ...]:
                 lines.append(f"prune: {_settings(stage)}")
             case DistilStage():
                 objectives = ", ".join(item.use for item in stage.objective) or "labels only"
-                lines.append(f"distil: {stage.epochs} epochs, labels x{stage.labels:g} + {objectives}")
+                lines.append(f"distil: {stage.epochs} epochs, labels x{shown(stage.labels)} + {objectives}")
                 if recipe.null_twin:
                     lines.append(
                         f"null twin: {stage.epochs} epochs with labels only, same student, steps, data and seeds"

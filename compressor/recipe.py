@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from compressor.config import Frozen, read_toml, validate
+from compressor.schedule import LabelWeight, Option, Weight
+from compressor.strategy import Strategy
 from compressor.types import Task
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
@@ -144,9 +146,9 @@ class ObjectiveConfig(Frozen):
     """One loss term: ``use`` names a registered objective, ``options`` are its own parameters."""
 
     use: str
-    weight: Positive = 1.0
+    weight: Weight = 1.0  # a number, or a schedule
     match: Match | None = None
-    options: dict[str, float | int | str | bool] = {}
+    options: dict[str, Option] = {}  # of the objective; numbers may be schedules
 
 
 class StudentStage(Frozen):
@@ -191,7 +193,7 @@ class DistilStage(Frozen):
     warmup: Ratio = 0.1
     schedule: Literal["cosine", "linear", "constant", "one-cycle"] = "cosine"
     clip: Positive | None = 1.0
-    labels: Annotated[float, Field(ge=0)] = 0.5  # weight of cross-entropy with the labels
+    labels: LabelWeight = 0.5  # weight of cross-entropy with the labels; a number, or a schedule
     objective: tuple[ObjectiveConfig, ...] = (ObjectiveConfig(use="kd", weight=0.5, options={"temperature": 2.0}),)
     augment: tuple[Literal["flip", "shift", "erase", "token-drop"], ...] = ()
     views: Annotated[int, Field(ge=1)] = 1  # fixed augmented views a sample; the teacher is cached per view
@@ -201,6 +203,12 @@ class DistilStage(Frozen):
     patience: Annotated[int, Field(ge=1)] | None = None  # epochs without a better validation score
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     freeze: tuple[str, ...] = ()  # parameter name patterns
+    unfreeze: tuple[str, ...] = ()  # name patterns that wait; the first trains at once, the others join one by one
+    unfreeze_by: Ratio = 0.5  # fraction of the run after which all of `unfreeze` train
+    accumulate: Annotated[int, Field(ge=1)] = 1  # pieces in which a batch is computed, to save memory
+    checkpoint_activations: bool = False  # compute activations twice instead of keeping them
+    data: Literal["all", "train", "transfer"] = "all"  # which samples the stage sees
+    strategy: tuple[Strategy, ...] = ()  # data strategies, in order
 
 
 Correction = Literal["equalise", "smooth", "bias"]
