@@ -24,7 +24,9 @@ class TrainingSet:
     def __init__(self, parts: Sequence[Split]) -> None:
         self._parts = tuple(parts)
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
-        self.labels = np.concatenate([_labels(part, known=i == 0) for i, part in enumerate(parts)])
+        known = _labels(parts[0])  # (N,), or (N, C) for several labels a sample
+        unknown = [np.full((len(part), *known.shape[1:]), UNLABELLED, dtype=np.int64) for part in parts[1:]]
+        self.labels = np.concatenate([known, *unknown])
         self.digests = np.concatenate([np.asarray(part.digests, dtype="S16") for part in parts])
 
     @classmethod
@@ -111,8 +113,8 @@ def _cut(positions: Array, batch: int) -> list[Array]:
     return [piece for piece in np.split(positions, edges) if len(piece)]
 
 
-def _labels(part: Split, known: bool) -> Array:
-    if not known or part.labels is None:
+def _labels(part: Split) -> Array:
+    if part.labels is None:
         return np.full(len(part), UNLABELLED, dtype=np.int64)
     return np.asarray(part.labels, dtype=np.int64)
 

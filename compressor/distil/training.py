@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from compressor.distil import checkpoint
 from compressor.distil.objectives.base import Batch, Signals, Step, Term
+from compressor.distil.objectives.multilabel import binary_label_term
 from compressor.distil.optim import MovingAverage, learning_rate
 from compressor.distil.precision import Numerics
 from compressor.distil.result import EpochRecord, OnEvent
@@ -66,6 +67,7 @@ class Parts:
     device: Any
     label_weight: float
     order_seed: int
+    label_signal: str = "logits"  # of the student: what cross-entropy with the labels teaches
 
 
 class Meter:
@@ -188,7 +190,7 @@ class Training:
     def _terms(self, student: Signals, teacher: Signals, batch: Batch, step: Step) -> list[tuple[float, Term]]:
         found = []
         if self.parts.label_weight:
-            found.append((self.parts.label_weight, label_term(student["logits"], batch)))
+            found.append((self.parts.label_weight, label_term(student[self.parts.label_signal], batch)))
         found += [(item.weight, item.objective(student, teacher, batch, step)) for item in self.parts.objectives]
         return found
 
@@ -284,10 +286,17 @@ class Training:
 
 
 def label_term(logits: Tensor, batch: Batch) -> Term:
-    """Cross-entropy with the labels; samples without one count neither in the sum nor in the count."""
-    assert batch.labels is not None  # the loop always gives labels, -100 where there is none
-    total = F.cross_entropy(logits.float(), batch.labels, ignore_index=UNLABELLED, reduction="sum")
-    return Term(total, (batch.labels != UNLABELLED).sum())
+    """Cross-entropy with the labels; samples (or tokens) without one count neither in the sum nor in the count.
+
+    Several labels a sample, (B, C) for logits (B, C), are taught by :func:`binary_label_term`.
+    """
+    labels = batch.labels
+    assert labels is not None  # the loop always gives labels, -100 where there is none
+    if labels.dim() == logits.dim() == 2:
+        return binary_label_term(logits, batch)
+    flat = logits.float().flatten(0, -2)
+    total = F.cross_entropy(flat, labels.flatten(), ignore_index=UNLABELLED, reduction="sum")
+    return Term(total, (labels != UNLABELLED).sum())
 
 
 def _term_names(parts: Parts) -> list[str]:
