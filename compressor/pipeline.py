@@ -47,14 +47,16 @@ class Pipeline:
         on_event: Event = ignore_event,
     ) -> None:
         self.run = Run(recipe, model, data, ledger, round_to, on_event)
+        self._teacher: Artifact | None = None
 
     def build(self) -> Built:
         """Teacher, student and null twin as checked fp32 ONNX files."""
         run = self.run
         if run.model.onnx is not None:
-            teacher = onnx_teacher(run, run.model.onnx)
+            teacher = self._teacher = onnx_teacher(run, run.model.onnx)
             return Built(teacher, replace(teacher, name="student/fp32", role="student"), None, ())
         teacher, parity = export(run, self._start("teacher"))
+        self._teacher = teacher
         student, twin = self._lines()
         exported, more = export(run, student)
         parity += more
@@ -65,9 +67,10 @@ class Pipeline:
         return Built(teacher, exported, twin_file, parity)
 
     def variants(self, student: Artifact, profile: HardwareProfile) -> tuple[tuple[Artifact, ...], Mapping[str, str]]:
-        """The int8 candidates of a profile, quantized once for equal rules, and what was not made."""
+        """The int8 candidates of a profile, quantized once for equal rules, and what was not made. The promise of
+        accuracy refers to the teacher that :meth:`build` exported."""
         stage = next((stage for stage in self.run.recipe.stage if isinstance(stage, QuantizeStage)), None)
-        return ((), {}) if stage is None else int8_candidates(self.run, student, stage, profile)
+        return ((), {}) if stage is None else int8_candidates(self.run, student, stage, profile, self._teacher)
 
     def _start(self, role: Role) -> Line:
         return Line(role, self.run.model.provenance.digest, lambda: self.run.teacher)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compressor.config import Frozen, read_toml, suggestion, validate
 from compressor.errors import ConfigError
@@ -50,16 +50,20 @@ class Runtime(Frozen):
 
 
 class QuantizationRules(Frozen):
-    """What the target's int8 takes and what is fast on it; the quantizer emits only this."""
+    """What the target's int8 takes and what is fast on it; the quantizer emits only this, and a lint holds every file
+    against it before the compiler sees it."""
 
     int8: bool = True
-    activation: Literal["uint8", "int8"] = "uint8"
-    symmetric_activation: bool = False
+    activation: Literal["uint8", "int8", "uint16", "int16"] = "uint8"
+    symmetric_activation: bool = False  # zero points of 0 only (TensorRT)
     weight: Literal["int8", "uint8"] = "int8"
+    per_channel: bool = True  # may weights have a scale per output channel?
     quantize_bias: bool = True  # TensorRT refuses int32 bias pairs
     weighted_only: bool = False  # quantize only Conv, Gemm, MatMul (TensorRT placement)
     dynamic: bool = True
-    reduce_range: bool = False  # x86 without VNNI saturates 16-bit sums
+    saturates: bool = False  # sums of two products saturate in 16 bits (x86 without VNNI); found from the features
+    reduce_range: bool = False  # seven-bit weights, so that nothing saturates; true where `saturates` is, if left out
+    opset: Annotated[int, Field(ge=13)] | None = None  # the smallest opset that the compiler maps whole
 
 
 class Constraints(Frozen):
@@ -84,6 +88,20 @@ class HardwareProfile(Frozen):
     quantization: QuantizationRules = QuantizationRules()
     options: dict[str, Any] = {}  # the back end's own settings, checked by the back end
     sources: tuple[Source, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_vnni(cls, data: Any) -> Any:
+        """x86 that is known to lack int8 dot products: seven-bit weights unless the profile says otherwise."""
+        from compressor.machine import INT8_DOT_X86
+
+        compute = data.get("compute") if isinstance(data, dict) else None
+        if not isinstance(compute, dict) or compute.get("architecture") != "x86_64":
+            return data
+        features, rules = compute.get("features") or (), data.get("quantization", {})
+        if not features or INT8_DOT_X86 & set(features) or not isinstance(rules, dict):
+            return data
+        return {**data, "quantization": {"saturates": True, "reduce_range": True, **rules}}
 
 
 def profile_folders() -> tuple[Path, ...]:

@@ -14,8 +14,8 @@ from onnx import ModelProto
 
 from compressor.errors import StageError, sdk_errors
 from compressor.profile import QuantizationRules
-from compressor.quantize.ranges import Calibration, chunks
 from compressor.quantize.variants import NNCF_HINT, Variant
+from compressor.quantize.watch import Calibration, chunks
 
 SUBSET = 300  # NNCF's default number of calibration items
 
@@ -46,28 +46,52 @@ def quantize_nncf(
     hint = "Leave `nncf` out of `engines`; ONNX Runtime's quantizer may take this graph."
     with _silence(), sdk_errors(StageError, f"quantize with `{variant.name}`", hint=hint):
         ignored = nncf.IgnoredScope(names=sorted(set(skip) & names), validate=False)
+        preset = nncf.QuantizationPreset
         result: ModelProto = nncf.quantize(
             model,
             nncf.Dataset(first),
-            preset=nncf.QuantizationPreset.MIXED,
+            preset=preset.PERFORMANCE if rules.symmetric_activation else preset.MIXED,
             target_device=nncf.TargetDevice.CPU,
             subset_size=len(first),
             fast_bias_correction=True,
             model_type=nncf.ModelType.TRANSFORMER if attention else None,
             ignored_scope=ignored,
-            advanced_parameters=_advanced(nncf, rules),
+            advanced_parameters=_advanced(nncf, variant, rules),
         )
         return result
 
 
-def _advanced(nncf: Any, rules: QuantizationRules) -> Any:
-    """SmoothQuant is off: it puts a Mul before every MatMul, which costs ONNX Runtime more than int8 gains (2.1 against
-    1.1 ms on a small BERT). The overflow fix (half the weight range) is the profile's ``reduce_range``."""
-    from nncf.quantization.advanced_parameters import AdvancedSmoothQuantParameters, OverflowFix
+def _advanced(nncf: Any, variant: Variant, rules: QuantizationRules) -> Any:
+    """The variant and the target's rules in NNCF's words.
 
+    SmoothQuant is off unless the recipe names it: it puts a Mul before every MatMul, which costs ONNX Runtime more than
+    int8 gains (2.1 against 1.1 ms on a small BERT). The overflow fix (half the weight range) is ``reduce_range``.
+    """
+    from nncf.quantization.advanced_parameters import (
+        AdvancedSmoothQuantParameters,
+        OverflowFix,
+        QuantizationMode,
+        QuantizationParameters,
+    )
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+
+    asked = variant.corrections != "auto" and "smooth" in variant.corrections
+    off_bias = variant.corrections != "auto" and "bias" not in variant.corrections
+    more: dict[str, Any] = {}
+    if rules.symmetric_activation or rules.activation == "int8":
+        mode = QuantizationMode.SYMMETRIC if rules.symmetric_activation else QuantizationMode.ASYMMETRIC
+        more["activations_quantization_params"] = QuantizationParameters(mode=mode, signedness_to_force=True)
+    if not variant.per_channel:
+        more["weights_quantization_params"] = QuantizationParameters(per_channel=False)
+    if variant.calibration in ("minmax", "percentile"):
+        estimator = RangeEstimatorParametersSet
+        chosen = estimator.MINMAX if variant.calibration == "minmax" else estimator.MEAN_QUANTILE
+        more["activations_range_estimator_params"] = chosen
     return nncf.AdvancedQuantizationParameters(
         overflow_fix=OverflowFix.ENABLE if rules.reduce_range else OverflowFix.DISABLE,
-        smooth_quant_alphas=AdvancedSmoothQuantParameters(convolution=-1, matmul=-1),
+        disable_bias_correction=off_bias,
+        smooth_quant_alphas=AdvancedSmoothQuantParameters(convolution=-1, matmul=0.95 if asked else -1),
+        **more,
     )
 
 

@@ -119,17 +119,20 @@ def static_options(variant: Variant, rules: QuantizationRules) -> dict[str, Any]
         options["OpTypesToExcludeOutputQuantization"] = [name for name in variant.operators if name != "Gather"]
     if rules.weighted_only:
         options["DedicatedQDQPair"] = True
+    if rules.activation in ("uint16", "int16"):
+        options["UseQDQContribOps"] = True  # the standard's QuantizeLinear knows 16 bits from opset 21 on
     return options
 
 
 def quantize_dynamic(
-    model: ModelProto, variant: Variant, rules: QuantizationRules
+    model: ModelProto, variant: Variant, rules: QuantizationRules, keep_float: Mapping[str, str] | None = None
 ) -> tuple[ModelProto, Mapping[str, str]]:
     """Weights to int8, activations quantized at run time; embedding tables become int8 as well (a small BERT's file
     shrinks 3.8x instead of 1.7x). Returns the model and the nodes left float with their reasons."""
     from onnxruntime import quantization
 
     skip = {name: why for name, why in left_alone(model).items() if "output" not in why}
+    skip |= dict(keep_float or {})
     with _scratch() as folder, sdk_errors(StageError, f"quantize with `{variant.name}`", hint=HINT):
         save_model(model, folder / "in.onnx")
         quantization.quantize_dynamic(
@@ -168,7 +171,8 @@ def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
 def _type(name: str) -> Any:
     from onnxruntime.quantization import QuantType
 
-    return QuantType.QInt8 if name == "int8" else QuantType.QUInt8
+    kinds = {"int8": QuantType.QInt8, "uint8": QuantType.QUInt8, "int16": QuantType.QInt16, "uint16": QuantType.QUInt16}
+    return kinds[name]
 
 
 @contextmanager

@@ -11,15 +11,19 @@ import numpy as np
 import onnx
 from onnx import ModelProto
 
-from compressor.errors import StageError, sdk_errors
+from compressor.errors import Problem, StageError, sdk_errors
 from compressor.models.onnx_facts import describe_model
 from compressor.models.onnx_graph import graph_inputs, metadata_of, read_model, save_model, set_metadata
 from compressor.profile import QuantizationRules
 from compressor.quantize import nncf_engine, ort
+from compressor.quantize.adjust import quantize_best
+from compressor.quantize.adjust.equalise import equalise
+from compressor.quantize.checks.lint import lint
+from compressor.quantize.checks.saturation import saturation_facts
 from compressor.quantize.coverage import layer_facts
 from compressor.quantize.prepare import prepare
-from compressor.quantize.ranges import Calibration, chunks, collect
 from compressor.quantize.variants import Variant
+from compressor.quantize.watch import Calibration, chunks
 from compressor.types import Array, Artifact, Inputs, LayerFact, file_digest
 
 
@@ -31,13 +35,17 @@ def quantize(
     out: Path,
     *,
     cache: Path | None = None,
+    keep_float: Mapping[str, str] | None = None,
 ) -> Artifact:
     """Write the int8 file ``out`` and describe it; ``source`` is read, never written.
 
     ``calibration`` gives batches of model inputs, anew at each call. ``cache`` is a folder where activation ranges are
-    kept for the next variant. The result has the source's inputs, outputs and metadata, an account of every layer
-    (``facts``) and its ``scheme``. The last step loads it in stock ONNX Runtime and runs it; anything but finite
-    results of the right shapes raises :class:`StageError`.
+    kept for the next variant. ``keep_float`` maps nodes that must stay float to the reason.
+
+    The result has the source's inputs, outputs and metadata, an account of every layer (``facts``) and its ``scheme``.
+    It is held against the target's rules before it is written; the last step loads it in stock ONNX Runtime and runs
+    it. A file that the target would refuse, and anything but finite results of the right shapes, raises
+    :class:`StageError`.
     """
     if out.resolve() == source.path.resolve():
         raise StageError("the quantized file would replace its source", hint="Give another output path.")
@@ -45,29 +53,64 @@ def quantize(
     model = prepare(original)
     if not any(tensor.data_type == onnx.TensorProto.FLOAT for tensor in model.graph.initializer):
         raise StageError(f"`{source.name}` has no float32 weights to quantize", hint="Give the fp32 export.")
-    result, skip = _engine(model, variant, rules, calibration, cache)
-    _restore(result, original)
-    save_model(result, out)
+    made = _engine(model, variant, rules, calibration, cache, keep_float or {})
+    _restore(made.result, original)
+    _refuse(lint(made.result, rules), variant)
+    save_model(made.result, out)
     try:
         agreement = _prove(source.path, out, calibration)
     except StageError:
         out.unlink(missing_ok=True)
         raise
-    facts = layer_facts(model, result, skip, variant.operators)
-    return _artifact(source, variant, rules, out, facts, agreement)
+    facts = (*layer_facts(model, made.result, made.skip, variant.operators), *made.facts)
+    if rules.saturates:
+        facts += saturation_facts(made.result, calibration)
+    artifact = _artifact(source, variant, rules, out, facts, agreement)
+    return dataclasses.replace(artifact, scheme={**artifact.scheme, **made.scheme})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """What an engine gave back: the file, what stayed float and why, and what was done to the float graph before."""
+
+    result: ModelProto
+    skip: Mapping[str, str]
+    facts: tuple[LayerFact, ...] = ()
+    scheme: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def _engine(
-    model: ModelProto, variant: Variant, rules: QuantizationRules, calibration: Calibration, cache: Path | None
-) -> tuple[ModelProto, Mapping[str, str]]:
+    model: ModelProto,
+    variant: Variant,
+    rules: QuantizationRules,
+    calibration: Calibration,
+    cache: Path | None,
+    keep_float: Mapping[str, str],
+) -> _Made:
     if variant.kind == "dynamic":
-        return ort.quantize_dynamic(model, variant, rules)
-    skip = ort.static_skips(model, variant)
+        return _Made(*ort.quantize_dynamic(model, variant, rules, keep_float))
+    skip = ort.static_skips(model, variant) | dict(keep_float)
     if variant.engine == "nncf":
         attention = describe_model(model, 0).has_attention
-        return nncf_engine.quantize_nncf(model, variant, rules, calibration, skip, attention), skip
-    ranges = collect(model, calibration, variant.calibration, cache)
-    return ort.quantize_static(model, variant, rules, ranges, skip), skip
+        facts: tuple[LayerFact, ...] = ()
+        if variant.corrections != "auto" and "equalise" in variant.corrections:
+            facts = equalise(model)
+        result = nncf_engine.quantize_nncf(model, variant, rules, calibration, skip, attention)
+        method = "NNCF's default" if variant.calibration == "auto" else variant.calibration
+        return _Made(result, skip, facts, {"calibration": method})
+    best = quantize_best(model, variant, rules, calibration, skip, cache)
+    scheme = {"calibration": best.calibration, "corrections": ", ".join(best.corrections) or "none"}
+    if best.tried:
+        scheme["tried"] = ", ".join(f"{name} {quality:.1f} dB" for name, quality in best.tried.items())
+    return _Made(best.result, skip, best.facts, scheme)
+
+
+def _refuse(problems: tuple[Problem, ...], variant: Variant) -> None:
+    """A file that the target's compiler would refuse is not handed on."""
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        told = "; ".join(str(problem) for problem in problems[:3]) + more
+        raise StageError(f"the target would refuse `{variant.name}`: {told}", hint="Take another engine or scheme.")
 
 
 def _restore(result: ModelProto, original: ModelProto) -> None:

@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import onnx
 from onnx import ModelProto
 
-from compressor.errors import StageError, sdk_errors
-from compressor.models.onnx_graph import save_model
-from compressor.types import Array, Inputs, array_digest, write_atomic
+from compressor.errors import StageError
+from compressor.quantize.watch import Calibration, Watched, chunks, watch
+from compressor.types import Array, array_digest, write_atomic
 
-Method = Literal["minmax", "percentile", "entropy"]
-Calibration = Callable[[], Iterator[Inputs]]
+Method = Literal["minmax", "percentile", "entropy", "mse"]
+METHODS: tuple[Method, ...] = ("minmax", "percentile", "entropy", "mse")
 Ranges = Mapping[str, tuple[float, float]]
 
-CHUNK = 8  # samples run at once
 BINS = 2048  # as in TensorRT's entropy calibration
 LEVELS = 128  # positive int8 levels
+SHRINKS = 32  # steps of the search for the least squared error
 PERCENTILE = 99.99  # share of values kept; the usual choice since TensorRT's guide
 
 
@@ -42,11 +40,10 @@ def collect(model: ModelProto, calibration: Calibration, method: Method, cache: 
         stored = cache / f"ranges-{_key(model, calibration, method)}.json"
         if stored.is_file():
             return {name: (low, high) for name, (low, high) in json.loads(stored.read_text()).items()}
-    with tempfile.TemporaryDirectory(prefix="calibrate-") as folder:
-        run = _runner(model, Path(folder))
-        ranges = _minmax(run, calibration)
-        if method != "minmax":
-            ranges = _clipped(run, calibration, ranges, method)
+    run = watch(model)
+    ranges = _minmax(run, calibration)
+    if method != "minmax":
+        ranges = _clipped(run, calibration, ranges, method)
     if stored is not None:
         write_atomic(stored, json.dumps(ranges, sort_keys=True))
     return ranges
@@ -61,52 +58,7 @@ def _key(model: ModelProto, calibration: Calibration, method: Method) -> str:
     return digest.hexdigest()[:32]
 
 
-def _runner(model: ModelProto, folder: Path) -> Callable[[Inputs], Iterator[tuple[str, Array]]]:
-    """A function from inputs to every float activation of the graph."""
-    import onnxruntime
-
-    watched = ModelProto()
-    watched.CopyFrom(model)
-    taken = {value.name for value in model.graph.output}
-    for node in model.graph.node:
-        watched.graph.output.extend(
-            onnx.ValueInfoProto(name=name) for name in node.output if name and name not in taken
-        )
-    path = folder / "watched.onnx"
-    save_model(watched, path)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    with sdk_errors(StageError, "load the model for calibration", hint="Does the fp32 file run in ONNX Runtime?"):
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    floats = [value.name for value in session.get_outputs() if value.type == "tensor(float)"]
-    fed = {value.name for value in session.get_inputs()}
-
-    def run(inputs: Inputs) -> Iterator[tuple[str, Array]]:
-        known = {name: array for name, array in inputs.items() if name in fed}
-        with sdk_errors(StageError, "run the calibration data", hint="Calibration inputs must fit the model's inputs."):
-            results = session.run(floats, known)
-        yield from ((name, array) for name, array in known.items() if array.dtype == np.float32)
-        yield from zip(floats, results, strict=True)
-
-    return run
-
-
-def chunks(calibration: Calibration, dims: int = CHUNK) -> Iterator[Inputs]:
-    """Batches cut to at most ``dims`` samples."""
-    for batch in calibration():
-        size = max((len(array) for array in batch.values()), default=0)
-        even = all(len(array) == size for array in batch.values())
-        if not even:
-            yield batch
-            continue
-        for start in range(0, size, dims):
-            yield {name: np.ascontiguousarray(array[start : start + dims]) for name, array in batch.items()}
-
-
-def _minmax(
-    run: Callable[[Inputs], Iterator[tuple[str, Array]]], calibration: Calibration
-) -> dict[str, tuple[float, float]]:
+def _minmax(run: Watched, calibration: Calibration) -> dict[str, tuple[float, float]]:
     ranges: dict[str, tuple[float, float]] = {}
     seen = False
     for inputs in chunks(calibration):
@@ -129,7 +81,7 @@ def _minmax(
 
 
 def _clipped(
-    run: Callable[[Inputs], Iterator[tuple[str, Array]]],
+    run: Watched,
     calibration: Calibration,
     ranges: Mapping[str, tuple[float, float]],
     method: Method,
@@ -142,7 +94,7 @@ def _clipped(
             if high > low:
                 made = np.histogram(array, bins=BINS, range=(low, high))[0]
                 counts[name] = counts.get(name, np.zeros(BINS, np.int64)) + made
-    choose = percentile_range if method == "percentile" else entropy_range
+    choose = {"percentile": percentile_range, "entropy": entropy_range, "mse": mse_range}[method]
     return {name: choose(counts[name], *pair) if name in counts else pair for name, pair in ranges.items()}
 
 
@@ -162,6 +114,7 @@ def entropy_range(counts: Array, low: float, high: float) -> tuple[float, float]
     peak = max(-low, high)
     centres = np.abs((np.arange(len(counts)) + 0.5) * (high - low) / len(counts) + low)
     folded = np.histogram(centres, bins=BINS, range=(0.0, peak), weights=counts)[0]
+    folded[0] = min(folded[0], folded[1])  # zeros behind a ReLU would drown the rest, and they are exact at any scale
     best, threshold = np.inf, BINS
     for size in range(LEVELS, BINS + 1, 16):
         loss = _divergence(folded, size)
@@ -169,6 +122,29 @@ def entropy_range(counts: Array, low: float, high: float) -> tuple[float, float]
             best, threshold = loss, size
     limit = peak * threshold / BINS
     return max(low, -limit), min(high, limit)
+
+
+def mse_range(counts: Array, low: float, high: float) -> tuple[float, float]:
+    """The ends that give the least mean squared error after rounding to 256 levels; zero stays inside.
+
+    Each end is pulled in over ``SHRINKS`` steps, the upper one first, then the lower one with the upper one known.
+    """
+    centres = (np.arange(len(counts)) + 0.5) * (high - low) / len(counts) + low
+    best = (low, high)
+    for end in (1, 0):
+        tried = [best]
+        for share in np.linspace(0.2, 1.0, SHRINKS, endpoint=False):
+            tried.append((low, high * share) if end else (low * share, best[1]))
+        best = min(tried, key=lambda pair: _squared_error(counts, centres, *pair))
+    return float(best[0]), float(best[1])
+
+
+def _squared_error(counts: Array, centres: Array, low: float, high: float) -> float:
+    if high <= low:
+        return float("inf")
+    step = (high - low) / 255
+    rounded = np.clip(np.round((centres - low) / step), 0, 255) * step + low
+    return float(counts @ (rounded - centres) ** 2)
 
 
 def _divergence(folded: Array, size: int) -> float:

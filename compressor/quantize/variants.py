@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from compressor.models.onnx_facts import ModelFacts
 from compressor.profile import QuantizationRules
-from compressor.recipe import QuantizeStage
+from compressor.recipe import Correction, QuantizeStage
 
 WEIGHTED_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 TRANSFORMER_OPERATORS = ("Gather", "Gemm", "MatMul")
@@ -36,7 +36,8 @@ class Variant:
     kind: Literal["static", "dynamic"]
     per_channel: bool = True
     operators: tuple[str, ...] | None = None
-    calibration: Literal["minmax", "percentile", "entropy"] = "minmax"
+    calibration: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "minmax"
+    corrections: tuple[Correction, ...] | Literal["auto"] = ()
 
 
 def variants(
@@ -88,12 +89,18 @@ def _blocked(rules: QuantizationRules, facts: ModelFacts) -> str:
 def _candidates(config: QuantizeStage, rules: QuantizationRules, facts: ModelFacts) -> list[Variant]:
     operators = _operators(rules, facts)
     tag = "static" if operators is None or rules.weighted_only else "static-weighted"
+    given: Any = {"operators": operators, "corrections": config.corrections}
     method = config.calibration
+    found = [
+        Variant("int8-dynamic-ort", "onnxruntime", "dynamic", rules.per_channel, TRANSFORMER_OPERATORS),
+        Variant(f"int8-{tag}-per-channel-nncf", "nncf", "static", True, calibration=method, **given),
+    ]
+    if config.engines == ("nncf",):
+        found.append(Variant(f"int8-{tag}-per-tensor-nncf", "nncf", "static", False, calibration=method, **given))
     return [
-        Variant(f"int8-{tag}-per-channel-ort", "onnxruntime", "static", True, operators, method),
-        Variant(f"int8-{tag}-per-tensor-ort", "onnxruntime", "static", False, operators, method),
-        Variant("int8-dynamic-ort", "onnxruntime", "dynamic", True, TRANSFORMER_OPERATORS),
-        Variant(f"int8-{tag}-per-channel-nncf", "nncf", "static", True, operators, "minmax"),
+        Variant(f"int8-{tag}-per-channel-ort", "onnxruntime", "static", True, calibration=method, **given),
+        Variant(f"int8-{tag}-per-tensor-ort", "onnxruntime", "static", False, calibration=method, **given),
+        *found,
     ]
 
 
@@ -116,8 +123,10 @@ def _reason(variant: Variant, config: QuantizeStage, rules: QuantizationRules, f
         return f"the recipe asks for {', '.join(config.schemes)} only"
     if variant.kind == "dynamic":
         return _dynamic_reason(rules, facts)
+    if variant.per_channel and not rules.per_channel:
+        return "the target takes one scale per weight tensor only"
     if variant.engine == "nncf":
-        return _nncf_reason(rules)
+        return _nncf_reason(variant, rules)
     return ""
 
 
@@ -132,7 +141,9 @@ def _dynamic_reason(rules: QuantizationRules, facts: ModelFacts) -> str:
     return ""
 
 
-def _nncf_reason(rules: QuantizationRules) -> str:
-    if rules.symmetric_activation or not rules.quantize_bias or rules.activation != "uint8":
-        return "NNCF writes unsigned, asymmetric activations, which this target refuses or runs slowly"
+def _nncf_reason(variant: Variant, rules: QuantizationRules) -> str:
+    if rules.activation not in ("uint8", "int8") or rules.weight != "int8":
+        return f"NNCF's ONNX quantizer writes 8-bit activations and int8 weights, this target wants {rules.activation}"
+    if variant.calibration in ("entropy", "mse"):
+        return f"NNCF chooses ranges by minmax or percentile, not by {variant.calibration}"
     return "" if importlib.util.find_spec("nncf") else NNCF_HINT

@@ -3,39 +3,48 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from compressor.errors import StageError
 from compressor.ledger import StageOutput, code_digest
 from compressor.profile import HardwareProfile, QuantizationRules
 from compressor.recipe import QuantizeStage
+from compressor.stages.mixed import calibration_of, mixed_candidate
 from compressor.stages.run import MODEL_FILE, Run, version
-from compressor.types import Artifact, Format, Inputs, file_digest
+from compressor.types import Artifact, Format, file_digest
 
 if TYPE_CHECKING:
     from compressor.quantize import Variant
 
 
 def int8_candidates(
-    run: Run, student: Artifact, stage: QuantizeStage, profile: HardwareProfile
+    run: Run, student: Artifact, stage: QuantizeStage, profile: HardwareProfile, teacher: Artifact | None = None
 ) -> tuple[tuple[Artifact, ...], Mapping[str, str]]:
-    """The int8 candidates of a profile, quantized once for equal rules, and what was not made."""
+    """The int8 candidates of a profile, quantized once for equal rules, and what was not made.
+
+    When none of them keeps the recipe's ``max_drop`` against ``teacher`` on validation, one more is made: the most
+    accurate of them with the fewest, cheapest layers back in float.
+    """
     from compressor.models.onnx_facts import describe
     from compressor.quantize import variants
 
     wanted, rejected = variants(stage, profile.quantization, describe(student.path))
-    made: list[Artifact] = []
+    made: dict[str, tuple[Variant, Artifact]] = {}
     failed: dict[str, str] = dict(rejected)
     for variant in wanted:
         try:
-            made.append(_quantized(run, student, variant, stage, profile.quantization))
+            made[variant.name] = (variant, _quantized(run, student, variant, stage, profile.quantization))
         except StageError as error:
             failed[variant.name] = str(error)
-    return tuple(made), failed
+    found = tuple(artifact for _, artifact in made.values())
+    if stage.restore == "never" or not made:
+        return found, failed
+    mixed, why = mixed_candidate(run, student, stage, profile.quantization, tuple(made.values()), teacher)
+    if mixed is None:
+        return found, {**failed, **({"int8-mixed-ort": why} if why else {})}
+    return (*found, mixed), failed
 
 
 def _quantized(
@@ -66,14 +75,8 @@ def _quantize_to(
 ) -> StageOutput:
     from compressor.quantize import quantize
 
-    split = run.data.splits["calibration"]
-    index = np.arange(min(stage.samples, len(split)))
-
-    def calibration() -> Iterator[Inputs]:
-        for position in index:
-            yield split.batch(index[position : position + 1])
-
-    ranges = run.ledger.cache / "ranges"
-    made = quantize(student, variant, rules, calibration, folder / MODEL_FILE, cache=ranges)
-    (folder / "scheme.json").write_text(json.dumps({**made.scheme, "precision": made.precision}, indent=1))
+    calibration, record = calibration_of(run, stage)
+    made = quantize(student, variant, rules, calibration, folder / MODEL_FILE, cache=run.ledger.cache / "ranges")
+    scheme = {**made.scheme, "precision": made.precision, "calibrated on": record}
+    (folder / "scheme.json").write_text(json.dumps(scheme, indent=1))
     return StageOutput({"bytes": made.file_bytes}, made.facts)

@@ -1,0 +1,1 @@
+"""What would go wrong with a quantized file on a device, found here."""

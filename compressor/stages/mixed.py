@@ -1,0 +1,153 @@
+"""Layers back to float: the int8 candidate that is made when none keeps the accuracy that was promised."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.errors import StageError, sdk_errors
+from compressor.ledger import StageOutput, code_digest
+from compressor.profile import QuantizationRules
+from compressor.recipe import QuantizeStage
+from compressor.stages.run import MODEL_FILE, Run, version
+from compressor.types import Array, Artifact, Format, Inputs, file_digest
+
+if TYPE_CHECKING:
+    from compressor.quantize import Variant
+    from compressor.quantize.watch import Calibration
+
+BATCH = 64  # samples scored at once
+
+
+def calibration_of(run: Run, stage: QuantizeStage) -> tuple[Calibration, str]:
+    """The calibration data as the quantizer reads it, one sample at a time, and a record of how it was chosen."""
+    from compressor.quantize.calibration import choose
+
+    split = run.data.splits["calibration"]
+    chosen = choose(split.labels, len(split), stage.samples)
+
+    def calibration() -> Iterator[Inputs]:
+        for position in range(len(chosen.index)):
+            yield split.batch(chosen.index[position : position + 1])
+
+    return calibration, f"{chosen.rule}, split {run.data.digests['calibration'].removeprefix('sha256:')[:12]}"
+
+
+def mixed_candidate(
+    run: Run,
+    student: Artifact,
+    stage: QuantizeStage,
+    rules: QuantizationRules,
+    made: Sequence[tuple[Variant, Artifact]],
+    teacher: Artifact | None,
+) -> tuple[Artifact | None, str]:
+    """The mixed file, or why there is none (empty: a plain int8 file keeps the promise, nothing is needed)."""
+    drop = run.recipe.accept.max_drop
+    if drop is None:
+        return None, ""
+    bases = [(variant, artifact) for variant, artifact in made if variant.engine == "onnxruntime"]
+    if not bases:
+        return None, "layers can be put back only in files of ONNX Runtime's quantizer"
+    scorer = _Scorer(run, teacher or student)
+    floor = scorer.baseline - drop
+    scores = {variant.name: scorer(artifact) for variant, artifact in made}
+    if max(scores.values()) >= floor - 1e-9:
+        return None, ""
+    plain = scorer(student)
+    if plain < floor - 1e-9:
+        lost = f"{100 * (scorer.baseline - plain):.2f} points on validation, {100 * drop:.2f} are allowed"
+        return None, f"the fp32 student itself loses {lost}: no precision can mend that"
+    variant = max(bases, key=lambda pair: scores[pair[0].name])[0]
+    try:
+        return _stored(run, student, variant, stage, rules, scorer, floor), ""
+    except StageError as error:
+        return None, str(error)
+
+
+def _stored(
+    run: Run,
+    student: Artifact,
+    variant: Variant,
+    stage: QuantizeStage,
+    rules: QuantizationRules,
+    scorer: _Scorer,
+    floor: float,
+) -> Artifact:
+    key = {
+        "source": student.digest,
+        "variant": vars(variant),
+        "rules": rules.model_dump(mode="json"),
+        "calibration": run.data.digests["calibration"],
+        "validation": run.data.digests["validation"],
+        "floor": floor,
+        "samples": stage.samples,
+        "trials": stage.trials,
+        "code": code_digest("quantize", "stages/mixed", "models/onnx_graph", "models/onnx_facts"),
+        "versions": [version("onnxruntime")],
+    }
+
+    def work(folder: Path) -> StageOutput:
+        from compressor.quantize.promise import restore
+
+        calibration, record = calibration_of(run, stage)
+        cache, out = run.ledger.cache / "ranges", folder / MODEL_FILE
+        found = restore(student, variant, rules, calibration, scorer, floor, out, cache=cache, trials=stage.trials)
+        scheme = {**found.artifact.scheme, "precision": found.artifact.precision, "calibrated on": record}
+        (folder / "scheme.json").write_text(json.dumps(scheme, indent=1))
+        metrics: dict[str, float | int | str] = {
+            "layers_in_float": len(found.kept_float),
+            "validation": round(found.score, 6),
+            "trials": len(found.trials),
+            "holds": str(found.holds).lower(),
+        }
+        return StageOutput(metrics, found.artifact.facts)
+
+    result = run.ledger.stage("quantize-int8-mixed-ort", key, work)
+    scheme = json.loads((result.folder / "scheme.json").read_text())
+    path = result.folder / MODEL_FILE
+    return Artifact(
+        "student/int8-mixed-ort", "student", path, Format.ONNX, scheme.pop("precision"), student.inputs,
+        student.outputs, file_digest(path), student.parameters, scheme, result.facts,
+    )  # fmt: skip
+
+
+class _Scorer:
+    """The task metric of ONNX files on the validation split, in ONNX Runtime on this machine."""
+
+    def __init__(self, run: Run, reference: Artifact) -> None:
+        from compressor.evaluate import SplitEvalSet
+
+        self.task, self.names = run.model.task, run.data.labels
+        self.data = SplitEvalSet(run.data.splits["validation"])
+        self.known: dict[str, float] = {}
+        self.reference = self._outputs(reference)
+        self.baseline = self._score(self.reference)
+
+    def __call__(self, artifact: Artifact) -> float:
+        if artifact.digest not in self.known:
+            self.known[artifact.digest] = self._score(self._outputs(artifact))
+        return self.known[artifact.digest]
+
+    def _score(self, outputs: Array) -> float:
+        from compressor.evaluate import quality, score, unit_of
+
+        found = score(self.task, outputs, self.data.labels, self.reference, self.names)
+        return quality(found, unit_of(self.task))
+
+    def _outputs(self, artifact: Artifact) -> Array:
+        import onnxruntime
+
+        from compressor.evaluate import predict
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        with sdk_errors(StageError, f"score `{artifact.name}` on validation", hint="Does the file run here?"):
+            session = onnxruntime.InferenceSession(str(artifact.path), options, providers=["CPUExecutionProvider"])
+            names = [output.name for output in session.get_outputs()]
+
+            def call(inputs: Inputs) -> Mapping[str, Any]:
+                return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+            return predict(call, self.data, BATCH, specs=artifact.inputs, task=self.task)
