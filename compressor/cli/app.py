@@ -157,6 +157,24 @@ def package(
 
 
 @app.command()
+def diff(
+    first: Annotated[str, typer.Argument(metavar="A", help="model.onnx, checkpoint folder, or pkg.mod:factory.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another form of the same model, e.g. its int8 file.")],
+    data: Data = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="Recipe whose [data] prepares the samples.")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Validation samples to compare on.")] = 64,
+    threshold: Annotated[float, typer.Option("--threshold", help="A layer below this many dB is bad.")] = 20.0,
+    page: Annotated[Path, typer.Option("--page", help="Where the HTML page goes.")] = Path("build/diff.html"),
+    json: Json = False,
+) -> None:
+    """Show where two forms of a model part: signal-to-noise per layer, first bad layer, worst samples."""
+    from compressor.cli.diff import DiffRequest, diff_command
+
+    request = DiffRequest(first, second, data, recipe, samples, threshold, page)
+    raise typer.Exit(diff_command(request, as_json=json))
+
+
+@app.command()
 def doctor(json: Json = False) -> None:
     """Say what is installed, what each target could do here, and what to install."""
     from compressor.cli.doctor import doctor_command
