@@ -109,6 +109,7 @@ class Artifact:
     parameters: int
     scheme: Mapping[str, str] = field(default_factory=dict)
     facts: tuple[LayerFact, ...] = ()
+    runtime: str = ""  # in a race: the target that runs it; empty: the profile's own
 
     @property
     def file_bytes(self) -> int:

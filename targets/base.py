@@ -86,6 +86,14 @@ class TargetBackend(abc.ABC):
         """What the compiler would refuse in this artifact, in words that name the node. Empty: nothing known."""
         return ()
 
+    def entrants(self, artifact: Artifact, profile: HardwareProfile) -> tuple[Artifact, ...]:
+        """The artifact as it takes part: itself, or in a race once per runtime, with ``runtime`` and its own name."""
+        return (artifact,)
+
+    def resolve(self, artifact: Artifact, profile: HardwareProfile) -> tuple[str, HardwareProfile]:
+        """Name and profile of the target that really runs ``artifact``: this one, or in a race the runtime's."""
+        return self.name, profile
+
     @abc.abstractmethod
     def compile(self, artifact: Artifact, profile: HardwareProfile, out: Path) -> Compiled:
         """Make the device's file in folder ``out``. Raises :class:`compressor.errors.CompileError`."""

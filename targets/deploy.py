@@ -73,7 +73,8 @@ def deploy(
     site = find_site(profile, backend, ready)
     store: MutableMapping[str, Array] = {} if cache is None else cache
     run = Deployment(profile, backend, data, out, site, store, settings or Settings(), clock, on_event or _silent)
-    run.trials.extend(_compile(run, artifact) for artifact in candidates.ordered())
+    entrants = (entrant for artifact in candidates.ordered() for entrant in backend.entrants(artifact, profile))
+    run.trials.extend(_compile(run, artifact) for artifact in entrants)
     _score_validation(run)
     notes = measure_all(run)
     rows = _rows(run)
@@ -137,6 +138,8 @@ def _compile(run: Deployment, artifact: Artifact) -> Trial:
                 trial.failure = "; ".join(problems)
             else:
                 trial.compiled = run.backend.compile(artifact, run.profile, run.out)
+    except TargetUnavailable as error:
+        trial.failure, trial.missing = f"{error}. {error.hint}".strip(), True
     except CompressError as error:
         trial.failure = str(error)
     return trial
@@ -182,7 +185,7 @@ def _row(run: Deployment, trial: Trial, reference: Array | None) -> Row:
     if trial.validation is not None:
         validation = _metric(run, trial.validation, run.data.validation, reference)
     if trial.failure:
-        state = State.FAILED
+        state = State.UNAVAILABLE if trial.missing else State.FAILED
     elif run.site is not None and trial.validation is not None:
         state = run.site.state
     else:

@@ -44,11 +44,17 @@ class Trial:
     artifact: Artifact
     compiled: Compiled | None = None
     failure: str = ""
+    missing: bool = False  # is the failure that the tool chain is not installed?
     validation: Array | None = None  # predictions
     unscored: str = ""  # why there are no predictions
     latency: Figure = NOT_MEASURED
     speedup: Figure = NOT_MEASURED
     memory: Figure = NOT_MEASURED
+
+    @property
+    def key(self) -> str:
+        """What is measured once: a file in a runtime."""
+        return f"{self.artifact.digest}@{self.artifact.runtime}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ def predictions(run: Deployment, trial: Trial, evalset: EvalSet) -> Array:
     inputs_digest = getattr(evalset, "digest", None)
     level = site.profile.runtime.graph_level
     options = run.profile.options if not site.stand_in else {}
-    key = json.dumps([artifact.digest, site.key, level, options, inputs_digest, run.data.task])
+    key = json.dumps([artifact.digest, artifact.runtime, site.key, level, options, inputs_digest, run.data.task])
     if inputs_digest is not None and key in run.cache:
         return run.cache[key]
     with sdk_errors(RunError, f"run `{artifact.name}`"), site.open(trial.compiled) as session:
@@ -104,17 +110,18 @@ def measure_all(run: Deployment) -> list[str]:
         for trial in run.trials:
             trial.latency = trial.speedup = trial.memory = gone
         return []
-    files = {trial.artifact.digest: trial for trial in reversed(running)}  # a file that has two roles is measured once
+    files = {trial.key: trial for trial in reversed(running)}  # a file that has two roles is measured once
     inputs = {digest: _latency_inputs(run, trial.artifact) for digest, trial in files.items()}
     for digest, trial in files.items():
         assert trial.compiled is not None
         run.event("deploy", {"text": f"{run.profile.name}: memory of {trial.artifact.name}"})
-        trial.memory = peak_memory(run.backend.name, trial.compiled, run.profile, inputs[digest], site.device)
+        name, profile = run.backend.resolve(trial.artifact, run.profile)
+        trial.memory = peak_memory(name, trial.compiled, profile, inputs[digest], site.device)
     run.event("deploy", {"text": f"{run.profile.name}: timing {len(files)} files in turn"})
     measured = _time(run, files, inputs)
     for trial in running:
-        trial.memory = files[trial.artifact.digest].memory
-        if measured is not None and trial.artifact.digest in measured.timings:
+        trial.memory = files[trial.key].memory
+        if measured is not None and trial.key in measured.timings:
             _set_latency(run, trial, measured)
     return [] if measured is None else [f"latency: {measured.contention.describe()}"]
 
@@ -143,7 +150,7 @@ def _time(run: Deployment, files: dict[str, Trial], inputs: dict[str, list[dict[
             runs[digest] = _cycle(session, samples)
         if not runs:
             return None
-        reference = reference_of(run).artifact.digest
+        reference = reference_of(run).key
         first = reference if reference in runs else next(iter(runs))
         with sdk_errors(RunError, "measure the latency"):
             kinds = [tuple(array.shape for array in sample.values()) for sample in run.data.latency_inputs]
@@ -157,7 +164,7 @@ def _cycle(session: Session, samples: list[dict[str, Array]]) -> Callable[[int],
 
 def _set_latency(run: Deployment, trial: Trial, measured: Measured) -> None:
     assert run.site is not None
-    timing: Timing = measured.timings[trial.artifact.digest]
+    timing: Timing = measured.timings[trial.key]
     device, origin = run.site.device, run.site.origin
     common: dict[str, float | int | str] = {"threads": run.profile.runtime.threads, "rounds": timing.rounds}
     detail = common | {
@@ -175,8 +182,8 @@ def _set_latency(run: Deployment, trial: Trial, measured: Measured) -> None:
         "contention": measured.contention.describe(),
     }
     trial.latency = Measurement(timing.p50_ms, "ms", origin, device, detail)
-    teacher = reference_of(run).artifact
-    if measured.reference != teacher.digest or teacher.role != "teacher":
+    teacher = reference_of(run)
+    if measured.reference != teacher.key or teacher.artifact.role != "teacher":
         trial.speedup = Unavailable("there is no teacher file that runs here")
         return
     interval = {

@@ -174,7 +174,7 @@ def _copy_model(folder: Path, outcome: ProfileOutcome, row: Row) -> Model:
         name=row.artifact.name,
         file=file,
         format=kind,
-        runtime=outcome.target,
+        runtime=row.artifact.runtime or outcome.target,
         portable=portable,
         precision=row.artifact.precision,
         parameters=row.artifact.parameters,
