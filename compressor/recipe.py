@@ -225,6 +225,8 @@ class QuantizeStage(Frozen):
     samples: Annotated[int, Field(ge=1)] = 256  # of the calibration split, balanced over classes
     restore: Literal["auto", "never"] = "auto"  # put layers back to float when no int8 file keeps `max_drop`
     trials: Annotated[int, Field(ge=1)] = 16  # files that may be made and scored on validation for that
+    weights: tuple[Literal["int8", "int4"], ...] = ()  # also weight-only files of MatMul (ONNX Runtime's MatMulNBits)
+    group: Literal[16, 32, 64, 128, 256] = 32  # input rows that share a scale in them
 
 
 Stage = Annotated[StudentStage | PruneStage | DistilStage | QuantizeStage, Field(discriminator="kind")]
