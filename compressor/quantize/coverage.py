@@ -12,11 +12,15 @@ from compressor.types import LayerFact
 STAGE = "quantize"
 LOOKED_AT = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather")
 MOVED_ACROSS = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "MaxPool", "Identity")
-INTEGER = ("MatMulInteger", "ConvInteger", "QLinearConv", "QLinearMatMul", "QGemm")
+INTEGER = ("MatMulInteger", "ConvInteger", "QLinearConv", "QLinearMatMul", "QGemm", "MatMulNBits")
 
 
 def layer_facts(
-    source: ModelProto, result: ModelProto, skip: Mapping[str, str], operators: tuple[str, ...] | None
+    source: ModelProto,
+    result: ModelProto,
+    skip: Mapping[str, str],
+    operators: tuple[str, ...] | None,
+    precision: str = "int8",
 ) -> tuple[LayerFact, ...]:
     """One fact per Conv, Gemm, MatMul and Gather from a float table: ``quantized``, or ``left-float`` and why."""
     made = {name: node for node in result.graph.node for name in node.output}
@@ -30,7 +34,7 @@ def layer_facts(
             if node.op_type not in LOOKED_AT or (node.op_type == "Gather" and not _float_table(node, fixed)):
                 continue
             if not inside and _quantized(node, by_name.get(node.name), made, integer, low_bits):
-                facts.append(LayerFact(STAGE, node.name, "quantized", "float32", "int8"))
+                facts.append(LayerFact(STAGE, node.name, "quantized", "float32", precision))
             else:
                 reason = _reason(node, inside, skip, operators)
                 facts.append(LayerFact(STAGE, node.name, "left-float", "float32", "float32", reason))

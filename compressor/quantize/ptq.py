@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from compressor.quantize.coverage import layer_facts
 from compressor.quantize.prepare import prepare
 from compressor.quantize.variants import Variant
 from compressor.quantize.watch import Calibration, chunks
+from compressor.quantize.weights import quantize_weights
 from compressor.types import Array, Artifact, Inputs, LayerFact, file_digest
 
 
@@ -62,7 +64,8 @@ def quantize(
     except StageError:
         out.unlink(missing_ok=True)
         raise
-    facts = (*layer_facts(model, made.result, made.skip, variant.operators), *made.facts)
+    layers = layer_facts(model, made.result, made.skip, variant.operators, f"int{variant.bits}")
+    facts = (*layers, *made.facts)
     if rules.saturates:
         facts += saturation_facts(made.result, calibration)
     artifact = _artifact(source, variant, rules, out, facts, agreement)
@@ -87,6 +90,8 @@ def _engine(
     cache: Path | None,
     keep_float: Mapping[str, str],
 ) -> _Made:
+    if variant.kind == "weights":
+        return _weights_only(model, variant, keep_float)
     if variant.kind == "dynamic":
         return _Made(*ort.quantize_dynamic(model, variant, rules, keep_float))
     skip = ort.static_skips(model, variant) | dict(keep_float)
@@ -103,6 +108,24 @@ def _engine(
     if best.tried:
         scheme["tried"] = ", ".join(f"{name} {quality:.1f} dB" for name, quality in best.tried.items())
     return _Made(best.result, skip, best.facts, scheme)
+
+
+def _weights_only(model: ModelProto, variant: Variant, keep_float: Mapping[str, str]) -> _Made:
+    """Few-bit MatMul weights as one file. Bigger models than one file holds go through
+    :func:`compressor.quantize.weights.quantize_weights` itself."""
+    with tempfile.TemporaryDirectory(prefix="weights-") as folder:
+        source, out = Path(folder) / "in.onnx", Path(folder) / "out.onnx"
+        save_model(model, source)
+        found = quantize_weights(source, out, bits=variant.bits, block=variant.group, skip=keep_float)
+        result = read_model(out)
+    skip = {fact.layer: fact.reason for fact in found if fact.action == "left-float"} | dict(keep_float)
+    scheme = {
+        "activation": "float32",
+        "weight": f"int{variant.bits} asymmetric",
+        "granularity": f"groups of {variant.group} input rows",
+        "bias": "float32",
+    }
+    return _Made(result, skip, (), scheme)
 
 
 def _refuse(problems: tuple[Problem, ...], variant: Variant) -> None:
@@ -204,7 +227,7 @@ def _artifact(
         source,
         name=f"{prefix}/{variant.name}",
         path=out,
-        precision=f"int8-{variant.kind}",
+        precision=f"int{variant.bits}-{variant.kind}",
         digest=file_digest(out),
         scheme=scheme,
         facts=facts,

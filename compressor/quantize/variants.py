@@ -33,11 +33,13 @@ class Variant:
 
     name: str
     engine: Literal["onnxruntime", "nncf"]
-    kind: Literal["static", "dynamic"]
+    kind: Literal["static", "dynamic", "weights"]
     per_channel: bool = True
     operators: tuple[str, ...] | None = None
     calibration: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "minmax"
     corrections: tuple[Correction, ...] | Literal["auto"] = ()
+    bits: Literal[4, 8] = 8  # of weights; with ``weights`` alone also 4
+    group: int = 0  # input rows that share a scale (``weights`` alone)
 
 
 def variants(
@@ -97,6 +99,12 @@ def _candidates(config: QuantizeStage, rules: QuantizationRules, facts: ModelFac
     ]
     if config.engines == ("nncf",):
         found.append(Variant(f"int8-{tag}-per-tensor-nncf", "nncf", "static", False, calibration=method, **given))
+    for name in config.weights:
+        bits: Literal[4, 8] = 4 if name == "int4" else 8
+        made = Variant(
+            f"{name}-weights-ort", "onnxruntime", "weights", True, ("MatMul",), bits=bits, group=config.group
+        )
+        found.append(made)
     return [
         Variant(f"int8-{tag}-per-channel-ort", "onnxruntime", "static", True, calibration=method, **given),
         Variant(f"int8-{tag}-per-tensor-ort", "onnxruntime", "static", False, calibration=method, **given),
@@ -119,6 +127,8 @@ def _reason(variant: Variant, config: QuantizeStage, rules: QuantizationRules, f
     scheme = "dynamic" if variant.kind == "dynamic" else f"static-per-{'channel' if variant.per_channel else 'tensor'}"
     if variant.engine not in config.engines:
         return f"the recipe asks for {', '.join(config.engines)} only"
+    if variant.kind == "weights":
+        return _weights_reason(rules, facts)
     if config.schemes != "auto" and scheme not in config.schemes:
         return f"the recipe asks for {', '.join(config.schemes)} only"
     if variant.kind == "dynamic":
@@ -127,6 +137,14 @@ def _reason(variant: Variant, config: QuantizeStage, rules: QuantizationRules, f
         return "the target takes one scale per weight tensor only"
     if variant.engine == "nncf":
         return _nncf_reason(variant, rules)
+    return ""
+
+
+def _weights_reason(rules: QuantizationRules, facts: ModelFacts) -> str:
+    if not rules.dynamic:
+        return "MatMulNBits is an operator of ONNX Runtime, which this target does not read"
+    if not any(node.operator == "MatMul" for node in facts.quantizable):
+        return "it has no MatMul with a constant weight"
     return ""
 
 
