@@ -14,6 +14,7 @@ from compressor.types import Array
 LISTED = 5
 Describe = Callable[[str, int], str]  # part and position in it -> what to call the sample
 TRAINING_SIDE = ("train", "validation", "calibration", "transfer")
+TEST_SIDE = ("test", "fresh")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,10 @@ def check_duplicates(
     it would make choices by validation too bright. ``describe`` may name samples for the message.
     """
     keep = {part: np.ones(len(values), bool) for part, values in keys.items()}
-    found = {part: np.isin(keys[part], keys.get("test", keys[part][:0])) for part in TRAINING_SIDE if part in keys}
+    tests = [keys[part] for part in TEST_SIDE if part in keys]
+    found = {
+        part: np.isin(keys[part], np.concatenate([keys[part][:0], *tests])) for part in TRAINING_SIDE if part in keys
+    }
     dropped = int(sum(mask.sum() for mask in found.values()))
     notes: list[str] = []
     if dropped and policy == "refuse":
@@ -55,8 +59,6 @@ def check_duplicates(
 
 
 def _refusal(keys: Mapping[str, Array], found: Mapping[str, Array], dropped: int, describe: Describe) -> PlanError:
-    test = keys["test"]
-    order = np.argsort(test, kind="stable")
     problems = [
         Problem("data", f"{int(mask.sum())} of {len(mask)} samples of {part} also stand in test")
         for part, mask in found.items()
@@ -64,8 +66,9 @@ def _refusal(keys: Mapping[str, Array], found: Mapping[str, Array], dropped: int
     ]
     places = [(part, int(row)) for part, mask in found.items() for row in np.flatnonzero(mask)[:LISTED]]
     for part, row in places[:LISTED]:
-        twin = int(order[np.searchsorted(test, keys[part][row], sorter=order)])
-        what = f"{describe(part, row)} is the same as test[{twin}], {describe('test', twin)}"
+        test = next(name for name in TEST_SIDE if name in keys and keys[part][row] in keys[name])
+        twin = int(np.flatnonzero(keys[test] == keys[part][row])[0])
+        what = f"{describe(part, row)} is the same as {test}[{twin}], {describe(test, twin)}"
         problems.append(Problem(f"{part}[{row}]", what))
     hint = f'Set `duplicates = "drop"` in [data] to leave these {dropped} out of training.'
     return PlanError("the data", problems, hint=hint)

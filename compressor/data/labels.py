@@ -28,7 +28,11 @@ def encode_labels(
     underscores do not count); if those are only numbered (``LABEL_0``), by the order of the source's ``names``. Raises
     :class:`PlanError` with examples when a label is out of range (``classes`` outputs), unknown or not a whole number.
     """
-    values = np.asarray(labels)
+    try:
+        values = np.asarray(labels)
+    except ValueError as error:  # lists of different lengths
+        hint = 'Several labels a sample need `teacher.task = "multi-label-..."`, tags of words `token-classification`.'
+        raise PlanError.single("data.label", f"labels of {part} are lists of different lengths", hint=hint) from error
     if values.ndim != 1:
         raise PlanError.single(
             "data.label", f"labels of {part} have shape {values.shape}; one class a sample is supported"

@@ -7,21 +7,29 @@ from typing import Any
 
 import numpy as np
 
+from compressor.data import pairs
 from compressor.data.arrays import ArraySplit, ArrayStore, array_store
+from compressor.data.blocks import packed
 from compressor.data.contamination import check_duplicates
+from compressor.data.gate import check_near
 from compressor.data.images import ImageSplit, PictureStore, picture_store
 from compressor.data.labels import encode_labels
+from compressor.data.multilabel import encode_multi_labels
 from compressor.data.raw import RawData, RawPart
 from compressor.data.read import read_raw
 from compressor.data.split import split_indices
 from compressor.data.text import TextSplit, TokenStore, token_store
 from compressor.data.types import DataBundle, Split
+from compressor.data.words import tagged_words
 from compressor.errors import PlanError, Problem
 from compressor.models.types import ImageInput, LoadedModel
 from compressor.recipe import DataConfig
-from compressor.types import Array, Inputs, array_digest
+from compressor.types import EMBEDDING, MULTI_LABEL, Array, Inputs, Task, array_digest
 
-CLASSIFICATION = ("image-classification", "text-classification")
+CLASSIFICATION = ("image-classification", "text-classification", *sorted(MULTI_LABEL))
+
+# their labels are found while tokenising: tags of words, next tokens, judgements of pairs
+OWN_LABELS = frozenset({"token-classification", "causal-lm", "sentence-similarity", "retrieval"})
 
 Store = PictureStore | TokenStore | ArrayStore
 Rows = Mapping[str, tuple[str, Array]]  # part -> raw part it is taken from, positions in it
@@ -46,11 +54,15 @@ def load_data(
         lambda name, row: raw.parts[rows[name][0]].show(int(rows[name][1][row])),
     )
     kept = {name: (home, index[clean.keep[name]]) for name, (home, index) in rows.items()}
+    stores, tags = _stores(raw, config, model)
+    labels |= tags
+    _need_labels(labels, model)
+    kept, near = check_near(raw, kept, config, stores)
     _refuse_empty(kept)
-    stores = {name: _store(part, model) for name, part in raw.parts.items()}
     exact = {name: part.digests() if part.kind == "texts" else keys[name] for name, part in raw.parts.items()}
     splits = {
-        name: _split(name, stores[home], index, labels[home] if name != "transfer" else None, exact[home], model)
+        name: _task_split(name, stores[home], index, raw.parts[home], model)
+        or _split(name, stores[home], index, labels[home] if name != "transfer" else None, exact[home], model)
         for name, (home, index) in kept.items()
     }
     _check_shapes(splits, model)
@@ -61,17 +73,39 @@ def load_data(
         digests={name: _fingerprint(split) for name, split in splits.items()},
         duplicates_dropped=clean.dropped,
         notes=(*raw.notes, *notes, *clean.notes, *_truncation(stores)),
-        examples=_examples(raw, *kept["validation"]),
+        examples=_examples(raw, *kept["validation"], model.task),
+        rows=kept,
+        near=near,
     )
 
 
-def _examples(raw: RawData, home: str, index: Array, count: int = 4) -> tuple[Any, ...]:
-    """A few raw samples for the self-check of packages; none for pairs of texts, compressed pictures and arrays."""
-    samples = raw.parts[home].samples
-    if raw.parts[home].kind not in {"pictures", "texts"}:
+def other_view(raw: RawData, rows: Rows, model: LoadedModel) -> dict[str, Split]:
+    """The same samples in the same order as another model sees them: its tokenizer, its length, its picture size.
+
+    ``rows`` are those of the bundle (:attr:`DataBundle.rows`). The parts carry no labels: those belong to the task.
+
+    Raises:
+        PlanError: the samples do not fit the model.
+    """
+    homes = sorted({home for home, _ in rows.values()})
+    stores = {home: _store(raw.parts[home], model) for home in homes}
+    keys = {home: raw.parts[home].digests() for home in homes}
+    splits = {name: _split(name, stores[home], index, None, keys[home], model) for name, (home, index) in rows.items()}
+    _check_shapes(splits, model)
+    return splits
+
+
+def _examples(raw: RawData, home: str, index: Array, task: Task, count: int = 4) -> tuple[Any, ...]:
+    """A few raw samples for the self-check of packages; words are joined; none for compressed pictures and arrays."""
+    samples, kind = raw.parts[home].samples, raw.parts[home].kind
+    if kind not in {"pictures", "texts", "words"} or task == "causal-lm":
         return ()
     found = tuple(samples[int(row)] for row in index[:count])
-    return () if any(isinstance(item, tuple) for item in found) else found
+    if kind == "words":
+        return tuple(" ".join(words) for words in found)
+    if task in EMBEDDING and pairs.is_paired(raw.parts[home]):
+        return tuple(text for pair in found for text in pair)[:count]
+    return found
 
 
 def cut_rows(raw: RawData, config: DataConfig, seed: int) -> Rows:
@@ -114,18 +148,18 @@ def _labels(raw: RawData, config: DataConfig, model: LoadedModel) -> tuple[dict[
     found: dict[str, Array | None] = {}
     notes: list[str] = []
     for name, part in raw.parts.items():
-        if part.labels is None or name == "transfer" or _all_hidden(part.labels):
+        if part.labels is None or name == "transfer" or model.task in OWN_LABELS or _all_hidden(part.labels):
             found[name] = None
             continue
         try:
             limit = classes if isinstance(classes, int) else None
-            found[name] = encode_labels(part.labels, teacher=teacher, names=raw.names, classes=limit, part=name)
+            encode = encode_multi_labels if model.task in MULTI_LABEL else encode_labels
+            found[name] = encode(part.labels, teacher=teacher, names=raw.names, classes=limit, part=name)
         except PlanError:
             if model.task in CLASSIFICATION:
                 raise
             found[name] = None
             notes.append(f"labels of {name} are not class numbers: left out")
-    _need_labels(found, model)
     return found, notes
 
 
@@ -136,7 +170,7 @@ def _all_hidden(labels: Any) -> bool:
 
 def _need_labels(found: Mapping[str, Array | None], model: LoadedModel) -> None:
     home = "test" if "test" in found else "train"
-    if model.task not in CLASSIFICATION:
+    if model.task not in (*CLASSIFICATION, "token-classification"):
         return
     if found[home] is None:
         raise PlanError.single(
@@ -156,6 +190,34 @@ def _refuse_empty(rows: Rows) -> None:
     if empty:
         problems = [Problem(f"data.{name}", "is empty after duplicates were dropped") for name in empty]
         raise PlanError("the data", problems, hint="Give data whose parts do not repeat each other.")
+
+
+def _stores(raw: RawData, config: DataConfig, model: LoadedModel) -> tuple[dict[str, Store], dict[str, Array | None]]:
+    """The samples by raw part as the model takes them, and the labels that come with them."""
+    if model.task == "token-classification":
+        teacher = config.labels or model.labels
+        tagged = {name: tagged_words(part, model, raw.names, teacher, name) for name, part in raw.parts.items()}
+        return {name: item.store for name, item in tagged.items()}, {name: item.labels for name, item in tagged.items()}
+    parts = raw.parts
+    if model.task in EMBEDDING:
+        parts = {name: pairs.single_texts(p) if pairs.is_paired(p) else p for name, p in parts.items()}
+    return {name: _store(part, model) for name, part in parts.items()}, {}
+
+
+def _task_split(name: str, store: Store, rows: Array, part: RawPart, model: LoadedModel) -> Split | None:
+    """The split of tasks whose samples are not the rows of the source: blocks of text, single texts of pairs."""
+    if not isinstance(store, TokenStore):
+        return None
+    if model.task == "causal-lm":
+        return packed(name, store, rows, model.inputs, labelled=name != "transfer")
+    if model.task not in EMBEDDING or (model.task == "sentence-embedding" and not pairs.is_paired(part)):
+        return None
+    texts = pairs.single_texts(part) if pairs.is_paired(part) else part
+    judged = None
+    if model.task != "sentence-embedding" and name != "transfer":
+        judged = pairs.judgements(part, rows, model.task, name)
+    own = pairs.single_rows(rows) if texts is not part else rows
+    return TextSplit(name, None, texts.digests()[own], store, own, judged)
 
 
 def _store(part: RawPart, model: LoadedModel) -> Store:

@@ -22,10 +22,10 @@ class RawPart:
     """Samples of one part and their labels as they stand in the source.
 
     ``samples`` by ``kind``: ``pictures`` uint8 (N, H, W, C); ``files`` compressed pictures; ``texts`` strings or pairs;
-    ``arrays`` name -> (N, ...).
+    ``words`` tuples of words; ``arrays`` name -> (N, ...).
     """
 
-    kind: Literal["pictures", "files", "texts", "arrays"]
+    kind: Literal["pictures", "files", "texts", "words", "arrays"]
     samples: Any  # Array | Sequence[Encoded] | Sequence[Text] | Mapping[str, Array], as `kind` says
     labels: Sequence[Any] | Array | None = None
 
@@ -51,7 +51,7 @@ class RawPart:
 
     def show(self, row: int) -> str:
         """A short description of one sample for messages."""
-        if self.kind == "texts":
+        if self.kind in ("texts", "words"):
             text = self.samples[row]
             words = " | ".join(text) if isinstance(text, tuple) else str(text)
             return f"`{words[:60]}{'...' if len(words) > 60 else ''}`"
@@ -78,7 +78,7 @@ class RawData:
     def sample(self) -> Array | Mapping[str, Array] | None:
         """One raw sample: a picture (H, W, C), an array, arrays by input name; None for texts."""
         part = self.parts["train"]
-        if len(part) == 0 or part.kind == "texts":
+        if len(part) == 0 or part.kind in ("texts", "words"):
             return None
         if isinstance(part.samples, Mapping):
             row = {name: column[0] for name, column in part.samples.items()}

@@ -19,7 +19,7 @@ from compressor.models.entry import import_entry
 from compressor.recipe import DataConfig
 from compressor.types import Array
 
-PARTS = ("train", "validation", "calibration", "test", "transfer")
+PARTS = ("train", "validation", "calibration", "test", "transfer", "fresh")
 _LABEL_KEYS = ("y", "label", "labels", "target", "targets")
 _WORD = {"x", "y", "images", "labels", "data", "targets"}
 
@@ -47,6 +47,9 @@ def read_raw(config: DataConfig, *, loader: str | None = None) -> RawData:
     parts = _choose_test(parts, config)
     if config.transfer is not None:
         parts["transfer"] = _transfer(config.transfer, config)
+    if config.fresh is not None:
+        found, _ = read_source(config.fresh, config)
+        parts["fresh"] = found.get("test") or next(iter(found.values()))
     empty = [name for name, part in parts.items() if len(part) == 0]
     if empty or "train" not in parts:
         what = (
@@ -204,6 +207,14 @@ def _samples(inputs: Any, labels: Any, subject: str) -> RawPart:
         return RawPart("texts", list(inputs), labels)
     if isinstance(inputs, list | tuple) and len(inputs) and isinstance(inputs[0], bytes | Path):
         return RawPart("files", list(inputs), labels)
+    if (
+        isinstance(inputs, list | tuple)
+        and len(inputs)
+        and isinstance(inputs[0], list)
+        and isinstance(inputs[0][:1], list)
+    ):
+        if inputs[0] and isinstance(inputs[0][0], str):
+            return RawPart("words", [tuple(words) for words in inputs], labels)
     array = np.asarray(inputs)
     if array.dtype.kind not in "fiub" or array.ndim == 0:
         raise ConfigError.single(

@@ -19,9 +19,21 @@ from compressor.data.raw import ONLY, RawPart
 from compressor.errors import ConfigError
 from compressor.recipe import DataConfig
 
-SUFFIXES = frozenset({".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt"})
-LABELS = ("label", "labels", "class", "target", "category", "y")
-TEXTS = ("text", "sentence", "review", "content", "document", "question", "sentence1", "premise", "title")
+SUFFIXES = frozenset({".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt", ".conll"})
+LABELS = ("label", "labels", "class", "target", "category", "y", "tags", "ner_tags", "pos_tags")
+TEXTS = (
+    "text",
+    "sentence",
+    "review",
+    "content",
+    "document",
+    "question",
+    "sentence1",
+    "premise",
+    "title",
+    "words",
+    "tokens",
+)
 IMAGES = ("image", "img", "picture", "pixel_values", "file", "file_name", "path")
 MAX_CELL = 16 * 2**20  # characters; the csv module's own limit of 128 Ki is too small for documents
 
@@ -49,6 +61,8 @@ def read_table(path: Path) -> Table:
                     _columns(path, (_json(path, line, i) for i, line in enumerate(stream, 1) if line.strip())),
                     path.parent,
                 )
+            if suffix == ".conll":
+                return Table(_conll(path, stream), path.parent)
             if suffix == ".txt":
                 return Table({"text": [line.rstrip("\r\n") for line in stream if line.strip()]}, path.parent)
             return Table(_json_table(path, _json(path, stream.read(), 1)), path.parent)
@@ -73,6 +87,23 @@ def _whole_rows(path: Path, reader: csv.DictReader[str]) -> Iterable[dict[str, A
                 f"`{path}`", f"line {reader.line_num}", what, hint="The first line must name every column."
             )
         yield row
+
+
+def _conll(path: Path, stream: Iterable[str]) -> dict[str, list[Any]]:
+    """A word and its tag (first and last field) a line, an empty line between sentences, as in CoNLL-2003."""
+    words: list[Any] = [[]]
+    tags: list[Any] = [[]]
+    for number, line in enumerate(stream, 1):
+        fields = line.split()
+        if not fields or fields[0] == "-DOCSTART-":
+            words.append([])
+            tags.append([])
+        elif len(fields) < 2:
+            raise ConfigError.single(f"`{path}`", f"line {number}", "has no tag", hint="A line is a word and its tag.")
+        else:
+            words[-1].append(fields[0])
+            tags[-1].append(fields[-1])
+    return {"words": [item for item in words if item], "tags": [item for item in tags if item]}
 
 
 def _json(path: Path, text: str, line: int) -> Any:
@@ -145,7 +176,7 @@ def _from_datasets(table: Any, datasets: Any) -> Table:
     for column, feature in table.features.items():
         if isinstance(feature, datasets.Image):
             table = table.cast_column(column, datasets.Image(decode=False))
-        elif isinstance(feature, datasets.ClassLabel):
+        elif isinstance(feature := getattr(feature, "feature", feature), datasets.ClassLabel):
             names[column] = tuple(feature.names)
     return Table({column: list(table[column]) for column in table.column_names}, None, names)
 
@@ -163,7 +194,7 @@ def table_part(
     labels: Any = table.columns[label] if label else None
     names = table.names.get(label, ()) if label else ()
     if labels is not None and names:
-        labels = [names[value] if isinstance(value, int) and 0 <= value < len(names) else value for value in labels]
+        labels = [_named(value, names) for value in labels]
     image = _column(table, config.image, IMAGES, "data.image", subject)
     if image and (config.image or _holds_pictures(table.columns[image])):
         return RawPart("files", _encoded(table, image, subject), labels), names
@@ -171,8 +202,17 @@ def table_part(
     if text:
         second = _column(table, config.text_pair, (), "data.text_pair", subject)
         texts = [*table.columns[text]]
+        if texts and isinstance(texts[0], list | tuple):
+            return RawPart("words", [tuple(map(str, words)) for words in texts], labels), names
         return RawPart("texts", [*zip(texts, table.columns[second], strict=True)] if second else texts, labels), names
     return RawPart("arrays", {ONLY: _matrix(table, rest, subject)}, labels), names
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
+    """A class number as its name; lists item by item."""
+    if isinstance(value, list):
+        return [_named(item, names) for item in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
 def _column(table: Table, wanted: str | None, usual: Sequence[str], key: str, subject: str) -> str | None:

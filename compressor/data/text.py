@@ -39,7 +39,9 @@ def token_store(part: RawPart, model: LoadedModel) -> TokenStore:
     strange = [name for name in preprocess.names if name not in MADE]
     if strange:
         raise PlanError.single("teacher.model", f"wants the inputs {', '.join(strange)}, which no tokenizer makes")
-    tokenizer = _tokenizer(model, preprocess)
+    tokenizer = load_tokenizer(model, preprocess)
+    if model.task == "causal-lm":
+        tokenizer.no_truncation()  # documents are packed into blocks
     ids: list[Array] = []
     types: list[Array] = []
     lengths: list[int] = []
@@ -69,7 +71,8 @@ def _checked(texts: Sequence[Text], start: int) -> list[Text]:
     return list(texts)
 
 
-def _tokenizer(model: LoadedModel, preprocess: TextInput) -> Any:
+def load_tokenizer(model: LoadedModel, preprocess: TextInput) -> Any:
+    """The teacher's tokenizer, cutting at its limit and padding nothing."""
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
@@ -96,6 +99,7 @@ class TextSplit:
     digests: Array
     store: TokenStore
     rows: Array  # positions in the store
+    judgements: Array | None = None  # what people say of pairs of texts; for evaluation only
 
     def __len__(self) -> int:
         return len(self.rows)

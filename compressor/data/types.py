@@ -24,6 +24,18 @@ class Split(Protocol):
 
 
 @dataclass(frozen=True)
+class NearDuplicates:
+    """Samples of one part that are almost a sample of a test part (other than exact duplicates)."""
+
+    part: str
+    against: str
+    count: int
+    samples: int  # of the part
+    examples: tuple[str, ...]  # a few, in words
+    how: str  # what was compared, with which threshold
+
+
+@dataclass(frozen=True)
 class DataBundle:
     """All parts: ``train validation calibration test`` and perhaps ``transfer``. Disjoint; duplicates are checked."""
 
@@ -34,3 +46,5 @@ class DataBundle:
     duplicates_dropped: int = 0
     notes: tuple[str, ...] = field(default=())
     examples: tuple[Any, ...] = ()  # the first validation samples before pre-processing: a string or a uint8 picture
+    rows: Mapping[str, tuple[str, Array]] = field(default_factory=dict)  # part -> raw part it is taken from, positions
+    near: tuple[NearDuplicates, ...] = ()  # what the search for near duplicates found, per part and test set

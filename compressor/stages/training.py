@@ -7,44 +7,53 @@ from pathlib import Path
 
 from compressor.ledger import StageOutput, code_digest
 from compressor.recipe import DistilStage
-from compressor.stages.run import Line, Run
+from compressor.stages.run import RECORD_FILE, Line, Run
+from compressor.stages.sequences import with_sequences
 
 
 def distil(run: Run, line: Line, stage: DistilStage, *, labels_only: bool) -> Line:
     """``line`` trained on the teacher, or (``labels_only``) the same student trained without it."""
     config = stage.model_dump(mode="json")
     if labels_only:  # what only the teacher's terms use must not make a new twin
-        config = {name: value for name, value in config.items() if name not in {"objective", "cache", "labels"}}
+        config = {
+            name: value
+            for name, value in config.items()
+            if name not in {"objective", "cache", "cache_logits", "labels", "rollouts", "sequences"}
+        }
     key = {
         "previous": line.key,
         "config": config,
         "labels_only": labels_only,
         "teacher": None if labels_only else run.model.provenance.digest,
         "signals": run.recipe.teacher.signals,
-        "data": {name: run.data.digests[name] for name in sorted(run.data.digests) if name != "test"},
+        "data": {name: run.data.digests[name] for name in sorted(run.data.digests) if name not in {"test", "fresh"}},
         "seed": run.recipe.seed,
-        "code": code_digest("distil", "models/signals"),
+        "code": code_digest("distil", "models/signals", "models/heads"),
     }
     name = "null-twin" if labels_only else "distil"
     result = run.ledger.stage(
         name, key, lambda folder: _train(run, line, stage, folder, labels_only=labels_only), resumable=True
     )
-    return Line(line.role, result.key, run.stored_module(result.folder), line.record)
+    record = json.loads((result.folder / RECORD_FILE).read_text())  # objectives may have left parts in the student
+    return Line(line.role, result.key, run.stored_module(result.folder), record)
 
 
 def _train(run: Run, line: Line, stage: DistilStage, folder: Path, *, labels_only: bool) -> StageOutput:
     from copy import deepcopy
 
-    from compressor.distil import loop
+    from compressor.distil import loop, lora
     from compressor.models.rebuild import save_student
 
     student = deepcopy(line.load())
     for parameter in student.parameters():
         parameter.requires_grad_(True)
+    data = run.data if stage.sequences is None or labels_only else with_sequences(run, stage.sequences)
+    if stage.lora is not None:
+        lora.adapt(student, stage.lora, run.recipe.seed)
     result = loop.distil(
         student,
         run.teacher,
-        run.data,
+        data,
         stage,
         seed=run.recipe.seed,
         work=folder / "scratch",
@@ -55,7 +64,9 @@ def _train(run: Run, line: Line, stage: DistilStage, folder: Path, *, labels_onl
         score=run.validation_score,
         on_event=run.on_event,
     )
-    save_student(folder, student.eval(), line.record)
+    if stage.lora is not None:
+        lora.merge(student)
+    save_student(folder, student.eval(), [*line.record, *result.record])
     best = result.history[result.best_epoch]
     metrics: dict[str, float | int | str] = {
         "best_epoch": result.best_epoch + 1,
@@ -68,4 +79,4 @@ def _train(run: Run, line: Line, stage: DistilStage, folder: Path, *, labels_onl
         metrics["validation"] = round(best.score, 6)
     history = [{**vars(epoch), "terms": dict(epoch.terms)} for epoch in result.history]
     (folder / "history.json").write_text(json.dumps(history, indent=1))
-    return StageOutput(metrics)
+    return StageOutput(metrics, result.facts)
