@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from compressor.types import LayerFact
 
 Event = Mapping[str, float | int | str | bool]
 OnEvent = Callable[[str, Event], None]
@@ -19,6 +22,7 @@ class EpochRecord:
     """One epoch. ``loss`` and ``terms`` are means over its steps; ``terms`` are weighted, so they add up to ``loss``.
 
     ``seconds`` is training alone, without validation and checkpoints. ``score`` is the validation score, if asked for.
+    ``values``: scheduled weights and options at the last step.
     """
 
     epoch: int
@@ -28,6 +32,7 @@ class EpochRecord:
     learning_rate: float
     score: float | None = None
     terms: Mapping[str, float] = field(default_factory=dict)
+    values: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class DistilResult:
 
     ``best_epoch``: the epoch (from 0) whose weights the student has. ``teacher_forwards``: samples the teacher was run
     on. ``cached``: the teacher's outputs came from the bank, which takes ``cache_bytes``. ``precision``: ``fp32`` or
-    ``bf16``.
+    ``bf16``. ``record``: steps that add to the student's structure what objectives left in it; ``facts``: as rows.
+    ``choosing_forwards``: samples the student was run on by data strategies, beyond those it was trained on.
     """
 
     history: tuple[EpochRecord, ...]
@@ -47,3 +53,6 @@ class DistilResult:
     cached: bool
     cache_bytes: int
     precision: str
+    record: tuple[Mapping[str, Any], ...] = ()
+    facts: tuple[LayerFact, ...] = ()
+    choosing_forwards: int = 0

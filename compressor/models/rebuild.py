@@ -8,7 +8,10 @@ Steps:
 
 - ``{"op": "cut", "tensor": "conv1.weight", "axis": 0, "keep": [[0, 5], [7, 9]]}``: keep these ranges (end excluded);
 - ``{"op": "drop", "container": "encoder.layer", "keep": [0, 2, 4]}``: keep these elements of a module list;
-- ``{"op": "set", "module": "attention", "attribute": "num_heads", "value": 3}``: a number that the code reads.
+- ``{"op": "set", "module": "attention", "attribute": "num_heads", "value": 3}``: a number that the code reads;
+- ``{"op": "head", "module": "head", "kind": "subclass", "subclasses": 5}``: another head, see
+  :mod:`compressor.models.heads`;
+- ``{"op": "exits", "blocks": ["stage1"], "widths": [16], "classes": 10, "mode": "outputs"}``: exits at blocks.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import StageError
+from compressor.models import heads
 from compressor.types import write_atomic
 
 Record = Sequence[Mapping[str, Any]]
@@ -52,6 +56,10 @@ def apply(module: nn.Module, record: Record) -> None:
                 keep_elements(module.get_submodule(step["container"]), [int(index) for index in step["keep"]])
             elif step["op"] == "set":
                 _set(module.get_submodule(step["module"]), step["attribute"], step["value"])
+            elif step["op"] == "head":
+                heads.replace_head(module, step)
+            elif step["op"] == "exits":
+                heads.add_exits(module, step)
             else:
                 raise ValueError(f"unknown step `{step['op']}`")
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from compressor.config import suggestion
 from compressor.errors import PlanError
+from compressor.models.heads import Exits, Head, head_signals
 
 PROJECTIONS = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
 FUSED = ("qkv", "qkv_proj")
@@ -62,11 +63,13 @@ def structure_of(module: nn.Module, mapping: Mapping[str, str] | None = None) ->
     """Find attentions, layers, pooling and head. ``mapping`` (signal name -> module path) wins over what is found."""
     attentions = tuple(_attentions(module))
     blocks = _blocks_around(module, attentions) if attentions else _stages(module)
-    linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
+    beside = {id(part) for exits in module.modules() if isinstance(exits, Exits) for part in exits.modules()}
+    linears = [part for part in module.modules() if isinstance(part, nn.Linear) and id(part) not in beside]
     pooling = next((part for part in module.modules() if type(part).__name__ == "Pooling"), None)
     inside = {id(part) for _, block in blocks for part in block.modules()}
     head = linears[-1] if linears and id(linears[-1]) not in inside else None
-    return Structure(attentions, tuple(blocks), head, pooling, bool(attentions), _mapped(module, mapping or {}))
+    named = {**head_signals(module), **(mapping or {})}
+    return Structure(attentions, tuple(blocks), head, pooling, bool(attentions), _mapped(module, named))
 
 
 def _mapped(module: nn.Module, mapping: Mapping[str, str]) -> dict[str, nn.Module]:
@@ -108,7 +111,8 @@ _HEAD_PARTS = (nn.Linear, nn.Dropout, nn.Flatten, nn.Softmax, nn.Identity, nn.Re
 
 
 def _is_head(part: nn.Module) -> bool:
-    return all(isinstance(leaf, _HEAD_PARTS) for leaf in part.modules() if not [*leaf.children()])
+    leaves = (leaf for leaf in part.modules() if not [*leaf.children()])
+    return isinstance(part, Head) or all(isinstance(leaf, _HEAD_PARTS) for leaf in leaves)
 
 
 def _stages(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -134,6 +138,7 @@ def available(module: nn.Module, mapping: Mapping[str, str] | None = None) -> di
         found |= {"q": count, "k": count, "v": count, "qkv": count, "attn": count, "mask": 1}
     if structure.head is not None or structure.pooling is not None or "pooled" in structure.mapped:
         found["pooled"] = 1
+    found |= dict.fromkeys(head_signals(module), 1)
     return {name: number for name, number in found.items() if number}
 
 

@@ -12,12 +12,15 @@ import numpy as np
 from compressor.errors import StageError
 from compressor.ledger import StageOutput, code_digest
 from compressor.stages.run import MODEL_FILE, Line, Run, version
-from compressor.types import Artifact, Format, Inputs, file_digest
+from compressor.types import Artifact, Format, Inputs, TensorSpec, file_digest
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from compressor.export.verify import Parity
 
 PARITY_SAMPLES = 64
+OUTPUTS_FILE = "outputs.json"
 
 
 def onnx_teacher(run: Run, path: Path) -> Artifact:
@@ -37,7 +40,7 @@ def export(run: Run, line: Line) -> tuple[Artifact, tuple[Parity, ...]]:
         "role": line.role,
         "inputs": [vars(spec) for spec in run.model.inputs],
         "samples": run.data.digests["validation"],
-        "code": code_digest("export", "models/onnx_graph", "models/onnx_facts"),
+        "code": code_digest("export", "models/onnx_graph", "models/onnx_facts", "models/heads"),
         "torch": version("torch"),
     }
     result = run.ledger.stage(f"export-{line.role}", key, lambda folder: _export_to(run, line, folder))
@@ -45,8 +48,10 @@ def export(run: Run, line: Line) -> tuple[Artifact, tuple[Parity, ...]]:
 
     parity = tuple(Parity(**row) for row in json.loads((result.folder / "parity.json").read_text()))
     path = result.folder / MODEL_FILE
+    specs = json.loads((result.folder / OUTPUTS_FILE).read_text())
+    outputs = tuple(TensorSpec(spec["name"], spec["dtype"], tuple(spec["shape"])) for spec in specs)
     artifact = Artifact(
-        f"{line.role}/fp32", line.role, path, Format.ONNX, "fp32", run.model.inputs, run.model.outputs,
+        f"{line.role}/fp32", line.role, path, Format.ONNX, "fp32", run.model.inputs, outputs,
         file_digest(path), int(result.metrics["parameters"]), facts=result.facts,
     )  # fmt: skip
     return artifact, parity
@@ -59,12 +64,15 @@ def _export_to(run: Run, line: Line, folder: Path) -> StageOutput:
     from compressor.models.onnx_facts import describe
 
     module = line.load().eval()
+    refuse_training_parts(module)
+    outputs = run.outputs(module)
+    (folder / OUTPUTS_FILE).write_text(json.dumps([vars(spec) for spec in outputs]))
     scratch = folder / "scratch"
     scratch.mkdir(exist_ok=True)
     raw = scratch / MODEL_FILE
     metadata = {"role": line.role, "licence": run.model.provenance.licence or "unknown"}
     export_onnx(
-        module, run.samples("validation", 2), run.model.inputs, run.model.outputs, raw,
+        module, run.samples("validation", 2), run.model.inputs, outputs, raw,
         name=f"{run.recipe.name}-{line.role}", metadata=metadata,
     )  # fmt: skip
     facts = optimise(raw, folder / MODEL_FILE)
@@ -81,11 +89,28 @@ def _export_to(run: Run, line: Line, folder: Path) -> StageOutput:
     return StageOutput({"parameters": described.parameters, "macs": described.macs or 0, "worst": rows[0].worst}, facts)
 
 
+def refuse_training_parts(module: nn.Module) -> None:
+    """What only training needs is never exported.
+
+    Raises:
+        StageError: the module still holds such a part, named in the message.
+    """
+    from compressor.models.heads import heads_of
+
+    found = [path for path, part in heads_of(module).items() if part.training_only]
+    if found:
+        raise StageError(
+            f"the student still holds parts that are for training only: {', '.join(found)}",
+            hint="Its training did not end properly; run the distil stage again.",
+        )
+
+
 def _parity_batches(run: Run) -> Iterator[Inputs]:
     """Batches of sizes 1, 3, 16 ... so that the dynamic axes are really exercised."""
     part = run.data.splits["validation"]
     total, start = min(PARITY_SAMPLES, len(part)), 0
-    for size in (1, 3, 16, PARITY_SAMPLES):
+    sizes = (1, 3) if run.model.task == "causal-lm" else (1, 3, 16, PARITY_SAMPLES)  # logits of a vocabulary are large
+    for size in sizes:
         stop = min(start + size, total)
         if stop > start:
             yield part.batch(np.arange(start, stop))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from compressor.config import Frozen
 from compressor.recipe import Match
+from compressor.types import LayerFact
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -21,7 +22,8 @@ class Needs:
     """What an objective reads. The loop provides exactly this, so an undeclared signal is a ``KeyError`` in the tests.
 
     ``online_teacher``: the teacher must see inputs the student made, so nothing can be cached. ``batch_wise``: the
-    value depends on the other samples of the batch, so the batch must not be cut into micro-batches.
+    value depends on the other samples of the batch, so the batch must not be cut into micro-batches. ``training_pass``:
+    a fresh run costs one more pass of the teacher (none, when its outputs are in the bank) and perhaps of the student.
     """
 
     student: frozenset[str] = frozenset()
@@ -31,6 +33,7 @@ class Needs:
     batch_wise: bool = False
     rollouts: bool = False
     same_vocab: bool = True
+    training_pass: bool = False  # reads the whole training set once before the first step (see :class:`Surveys`)
 
 
 @dataclass(frozen=True)
@@ -89,12 +92,82 @@ class Batch:
 
 @dataclass(frozen=True)
 class Context:
-    """Given to :meth:`Objective.prepare` once: one small batch of signals of both models, and the projectors' seed."""
+    """Given to :meth:`Objective.prepare` once: one small batch of signals of both models, and the projectors' seed.
+
+    ``classes``: how many classes (or dimensions) the student's output has.
+    """
 
     student: Signals
     teacher: Signals
     generator: Generator
     device: Any
+    classes: int = 0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a pass over a set shows of some of its samples. ``student`` is empty unless it was asked for."""
+
+    teacher: Signals
+    student: Signals
+    batch: Batch
+    positions: Any  # int64 (B,) array: their places in the set
+
+
+# ``passes(student=False)``: the whole set in its order, batch by batch, without gradients and in evaluation mode.
+# Called twice it gives the same values again; nothing but one batch is held in memory.
+Pass = Callable[[bool], Iterator[Seen]]
+
+
+Steps = tuple[Mapping[str, Any], ...]  # of a structure record: :mod:`compressor.models.rebuild`
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What an objective changed in the student for good: steps that rebuild it, and rows of the report."""
+
+    steps: Steps = ()
+    facts: tuple[LayerFact, ...] = ()
+
+
+@runtime_checkable
+class Surveys(Protocol):
+    """An objective that learns something from the training set before the first step (class means, PCA, filters).
+
+    What it finds goes into buffers or parameters of :meth:`Objective.modules`, so that a resumed run has it from its
+    checkpoint: only a fresh run calls this. Shapes are made in ``prepare``, which every run calls.
+    """
+
+    def survey(self, training: Pass, generator: Generator) -> None: ...
+
+
+@runtime_checkable
+class ChangesStudent(Protocol):
+    """An objective that puts a part into the student: a head it trains with, which stays or goes at the end.
+
+    The part stands in the student during training, so that validation, moving average and checkpoints see what will
+    ship. ``place`` (``head``, ``pooling`` or ``exits``) names what is changed: two objectives cannot change the same.
+    """
+
+    place: ClassVar[str]
+
+    def unfit(self, student: nn.Module) -> list[str]:
+        """Why the part cannot be put into this student; empty when it can."""
+        ...
+
+    def install(self, student: nn.Module, example: Signals) -> Steps:
+        """Change the student in place; returns the record steps that do the same to its structure.
+
+        ``example``: model inputs of a few samples. The same seed of torch gives the same student.
+        """
+        ...
+
+    def commit(self, student: nn.Module, steps: Steps, validation: Pass | None) -> Committed:
+        """After training: settle what stays. The returned steps take the place of ``steps``, those of ``install``.
+
+        ``validation`` shows the student's signals on held-out samples; None when there are none.
+        """
+        ...
 
 
 @runtime_checkable
@@ -133,6 +206,7 @@ class SignalObjective:
 
     Options: ClassVar[type[Frozen]] = NoOptions
     default_match: ClassVar[Match | None] = None
+    label_signal: ClassVar[str] = "logits"  # the student's signal that cross-entropy with the labels teaches
 
     def __init__(self, options: Any = None, match: Match | None = None) -> None:
         self.options: Any = options if options is not None else self.Options()
