@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 MODEL_FILE = "model.onnx"
+RECORD_FILE = "record.json"  # beside a student's weights: compressor.models.rebuild
 
 
 @dataclass
@@ -94,7 +95,6 @@ class Run:
         """A function from inputs to outputs by name that runs ``module`` in evaluation mode."""
         import torch
 
-        name = self.model.outputs[0].name
         training = module.training
 
         def run(inputs: Inputs) -> Mapping[str, Any]:
@@ -102,9 +102,23 @@ class Run:
             with torch.inference_mode():
                 output = module(**self.tensors(inputs))
             module.train(training)
-            return {name: output.float().numpy()}
+            made = output if isinstance(output, tuple) else (output,)
+            names = [spec.name for spec in self.outputs(module)]
+            return {name: one.float().numpy() for name, one in zip(names, made, strict=True)}
 
         return run
+
+    def outputs(self, module: nn.Module) -> tuple[TensorSpec, ...]:
+        """The teacher's outputs, as a student has them: further exits are outputs too, an embedding may be narrower."""
+        from compressor.models.heads import Exits, ProjectedPooling
+
+        found = list(self.model.outputs)
+        for part in module.modules():
+            if isinstance(part, ProjectedPooling):
+                found[0] = replace(found[0], shape=(*found[0].shape[:-1], part.dense.out_features))
+            elif isinstance(part, Exits) and part.mode == "outputs":
+                found += [replace(found[0], name=f"exit_{number}") for number in range(len(part.heads))]
+        return tuple(found)
 
     def validation_score(self, module: nn.Module) -> float:
         """The task metric of a torch module on validation (never on test); a perplexity as minus its logarithm."""
