@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +16,7 @@ from compressor.errors import StageError
 from compressor.ledger import Event, Ledger, ignore_event
 from compressor.models.types import LoadedModel
 from compressor.recipe import Recipe
-from compressor.types import Inputs, Role
+from compressor.types import Inputs, Role, TensorSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -126,7 +126,7 @@ class Run:
 
         task = self.model.task
         split = SplitEvalSet(self.data.splits["validation"])
-        outputs = predict(self.runner(module), split, 256 if task != "causal-lm" else 16, task=task)
+        outputs = predict(self.runner(module), split, 256 if task != "causal-lm" else 8, task=task)
         reference = self.teacher_validation if task == "sentence-embedding" else None
         return quality(score(task, outputs, split.labels, reference, self.data.labels), unit_of(task))
 
