@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from compressor.data.types import DataBundle
-from compressor.distil import activations, checkpoint, optim, passes, precision, teachers
+from compressor.distil import checkpoint, optim, precision, teachers
 from compressor.distil.augment import augment
 from compressor.distil.bank import BankKey, Layout
-from compressor.distil.changes import Changes, changing, label_signal
-from compressor.distil.objectives.base import Context, Pass, Surveys
+from compressor.distil.objectives.base import Context
 from compressor.distil.precision import Numerics
 from compressor.distil.result import DistilResult, OnEvent, ignore
 from compressor.distil.stream import UNLABELLED, TrainingSet
@@ -30,20 +29,16 @@ from compressor.distil.training import Parts, Progress, Training
 from compressor.errors import StageError
 from compressor.models.signals import SignalTap, available
 from compressor.recipe import DistilStage
-from compressor.schedule import Schedule
-from compressor.strategy import MixupStrategy
-from compressor.types import Array, LayerFact
+from compressor.types import Array
 
 CHECKPOINT_SECONDS = 300.0  # at most this much work is lost by a kill
 CHECKPOINT = "checkpoint.pt"
-from compressor.models import rebuild
 PROBE_SAMPLES = 4  # samples of the batch that shows the shapes of the signals
 
 Score = Callable[[nn.Module], float]
 
 
 def distil(
-PLAIN = Numerics("fp32", channels_last=False)
     student: nn.Module,
     teacher: nn.Module | None,
     data: DataBundle,
@@ -100,7 +95,6 @@ PLAIN = Numerics("fp32", channels_last=False)
         parts, constant = setup.assemble(stack, state)
         constant["fingerprint"] = fingerprint
         judge = score if score is not None or config.patience is None else setup.validation_accuracy()
-            rebuild.apply(student, json.loads(state["record"]))
         training = Training(parts, config, path, constant, judge, on_event, checkpoint_seconds)
         torch.manual_seed(_seed(seed, "dropout"))  # after the probes, which draw numbers too
         if state is None:
@@ -110,7 +104,6 @@ PLAIN = Numerics("fp32", channels_last=False)
             on_event("resume", {"epoch": training.progress.epoch, "step": training.progress.step})
         training.run()
         _finish(student, path, constant, training.progress)
-            training.progress.forwards = parts.teacher.forwards + setup.asked  # of strategies and objectives' passes
         return _result(training.progress, constant)
 
 
@@ -140,9 +133,7 @@ class _Setup:
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.device = self.accelerator.device
         self.augment_seed = _seed(seed, "augment") if config.augment else 0
-        self.asked = 0  # samples the teacher was asked about by strategies
-        self.changes = Changes(())
-        self.held_out: Pass | None = None
+        self.label_weight = (1.0 if labels_only else config.labels) if self.data.labelled else 0.0
 
     def fingerprint(self) -> str:
         """SHA-256 over everything the trained student depends on."""
@@ -154,11 +145,7 @@ class _Setup:
         """The parts of the run, and the decisions that its checkpoint stores."""
         weighted = self._objectives()
         self.student.to(self.device)
-        chosen_data = self._choose(state)
-        weighted = self._objectives()
-        self._install(weighted)
-        taught = label_signal(weighted)
-        names = {"logits", taught}.union(*(item.objective.needs.student for item in weighted))
+        names = {"logits"}.union(*(item.objective.needs.student for item in weighted))
         tap = stack.enter_context(SignalTap(self.student, sorted(names), self.mapping))
         teacher_tap = self._teacher_tap(stack, weighted)
         layouts = self._prepare(weighted, tap, teacher_tap)
@@ -173,7 +160,6 @@ class _Setup:
         projectors = nn.ModuleList(m for m in (item.objective.modules() for item in weighted) if m is not None)
         chosen = optim.optimiser(self.student, projectors.parameters(), self.config)
         _, prepared = self.accelerator.prepare(self.student, chosen)
-        self._survey(weighted, tap, source, fresh=state is None)
         parts = Parts(
             student=self.student,
             tap=tap,
@@ -193,52 +179,7 @@ class _Setup:
             order_seed=_seed(self.seed, "order"),
         )
         constant = {"precision": numerics.dtype, "channels_last": numerics.channels_last}
-        return parts, constant | chosen_data | {"cached": decision.cached, "cache_bytes": decision.bytes}
-
-    @property
-    def label_weight(self) -> float | Schedule:
-        """Of cross-entropy with the labels; 0 when no sample has one."""
-        return (1.0 if self.labels_only else self.config.labels) if self.data.labelled else 0.0
-
-    def _choose(self, state: Mapping[str, Any] | None) -> dict[str, Tensor]:
-        """Let the strategies decide which samples take part; what they decided, for the checkpoint."""
-        if not self.config.strategy:
-            return {}
-        if state is not None:
-            kept, labels = (state[name].numpy() for name in ("kept", "new_labels"))
-        else:
-            judges = Judges(self.student, self._asked_teacher, lambda positions: self._load(PLAIN, positions, 0))
-            seed = _seed(self.seed, "strategies")
-            pool = Pool(self.data, judges.teacher, judges.student, seed, self.on_event)
-            pool.apply(self.config.strategy, labels_only=self.labels_only)
-            kept, labels = self._agreed(pool.kept), self._agreed(pool.labels)
-        self.data = self.data.take(kept, labels)
-        return {"kept": torch.from_numpy(kept), "new_labels": torch.from_numpy(labels)}
-
-    def _asked_teacher(self, positions: Array, inputs: Mapping[str, Tensor]) -> Tensor:
-        if self.teacher is None:
-            raise StageError("there is no teacher to ask", hint="Strategies that judge samples need a PyTorch teacher.")
-        self.asked += len(positions)
-        return self.teacher.to(self.device).eval()(**inputs)  # type: ignore[no-any-return]
-
-    def _losses(self, source: TeacherSource, layouts: Mapping[str, Layout]) -> Losses | None:
-        """Both models' losses for strategies that choose while training; the null twin draws at random."""
-        if self.labels_only:
-            return None
-
-        def taught(positions: Array, inputs: Mapping[str, Tensor]) -> Tensor:
-            if "logits" in layouts:
-                source.prepare(0)
-                return source.signals(positions, inputs, 0)["logits"]
-            source.forwards += len(positions)
-            return self._asked_teacher(positions, inputs)
-
-        judges = Judges(self.student, taught, lambda positions: self._load(PLAIN, positions, 0))
-        return lambda positions: judges.losses(self.data, positions)
-
-    def _agreed(self, values: Array) -> Array:
-        """The first process's values, on all of them."""
-        return self.processes.share(torch.from_numpy(values.copy())).numpy() if self.processes.count > 1 else values
+        return parts, constant | {"cached": decision.cached, "cache_bytes": decision.bytes}
 
     def _objectives(self) -> list[Weighted]:
         if self.labels_only:
@@ -268,7 +209,10 @@ class _Setup:
     def _prepare(self, weighted: Sequence[Weighted], tap: SignalTap, teacher: SignalTap | None) -> dict[str, Layout]:
         """Show the objectives real shapes, and find how the teacher's signals would lie in the bank."""
         with torch.no_grad():
-            inputs = self._load(PLAIN, self._few(), 0)
+            if teacher is None:
+                return {}
+            numerics = Numerics("fp32", channels_last=False)
+            inputs = self._load(numerics, np.arange(min(PROBE_SAMPLES, len(self.data))), 0)
             self.student.eval()
             seen, taught = tap(inputs), teacher(inputs)
             generator = torch.Generator().manual_seed(_seed(self.seed, "projectors"))
@@ -373,6 +317,3 @@ def _result(progress: Progress, constant: Mapping[str, Any]) -> DistilResult:
         cache_bytes=int(constant["cache_bytes"]),
         precision=str(constant["precision"]),
     )
-        choosing_forwards=progress.choosing,
-        record=tuple(json.loads(constant["record"])),
-        facts=tuple(LayerFact(**fact) for fact in json.loads(constant["facts"])),
