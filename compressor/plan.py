@@ -10,6 +10,7 @@ from compressor.errors import Problem
 from compressor.profile import HardwareProfile
 from compressor.recipe import DistilStage, PruneStage, QuantizeStage, Recipe, StudentStage
 from compressor.schedule import shown
+from compressor.types import Task
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,32 @@ def recipe_problems(recipe: Recipe, kind: str, objectives: Sequence[str]) -> lis
         )
     if positions.count(StudentStage) > 1:
         problems.append(Problem("stage", "more than one `student` stage"))
+    return problems
+
+
+def task_problems(recipe: Recipe, task: Task, positions: int | None = None) -> list[Problem]:
+    """What in the distil stages does not fit the task; ``positions``: the longest text the model takes."""
+    problems: list[Problem] = []
+    for number, stage in enumerate(recipe.stage):
+        if not isinstance(stage, DistilStage):
+            continue
+        where = f"stage.{number}.{stage.kind}"
+        for name, part in (("rollouts", stage.rollouts), ("sequences", stage.sequences)):
+            if part is None:
+                continue
+            if task != "causal-lm":
+                problems.append(Problem(f"{where}.{name}", f"is for causal language models; the task is {task}"))
+            elif positions is not None and part.prompt_tokens + part.max_new_tokens > positions:
+                what = (
+                    f"asks for {part.prompt_tokens} + {part.max_new_tokens} tokens, the model has {positions} positions"
+                )
+                problems.append(Problem(f"{where}.{name}.max_new_tokens", what))
+        if stage.rollouts is not None and stage.rollouts.fraction and stage.cache == "on":
+            problems.append(Problem(f"{where}.cache", "the teacher must see what the student writes: nothing to cache"))
+        if stage.rollouts is not None and not stage.objective:
+            problems.append(
+                Problem(f"{where}.rollouts", "teach nothing without an objective: add `kd`, `jsd` or another")
+            )
     return problems
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from compressor.config import Frozen, read_toml, validate
+from compressor.language import LoRA, Rollouts, Sequences
 from compressor.schedule import LabelWeight, Option, Weight
 from compressor.strategy import Strategy
 from compressor.types import Task
@@ -209,6 +210,9 @@ class DistilStage(Frozen):
     checkpoint_activations: bool = False  # compute activations twice instead of keeping them
     data: Literal["all", "train", "transfer"] = "all"  # which samples the stage sees
     strategy: tuple[Strategy, ...] = ()  # data strategies, in order
+    rollouts: Rollouts | None = None  # causal language models: the student writes, the teacher judges
+    sequences: Sequences | None = None  # causal language models: learn from text that the teacher wrote
+    lora: LoRA | None = None  # train low-rank additions to the weights only
 
 
 Correction = Literal["equalise", "smooth", "bias"]

@@ -22,6 +22,7 @@ from targets.memory import peak_memory
 from targets.site import Site
 
 EVALUATION_BATCH = 64
+LANGUAGE_BATCH = 8  # 8 x 128 tokens x 49152 words x 4 bytes = 192 MiB of logits
 NOT_MEASURED = Unavailable("not measured")
 Event = Callable[[str, Mapping[str, Any]], None]
 
@@ -85,7 +86,8 @@ def predictions(run: Deployment, trial: Trial, evalset: EvalSet) -> Array:
     if inputs_digest is not None and key in run.cache:
         return run.cache[key]
     with sdk_errors(RunError, f"run `{artifact.name}`"), site.open(trial.compiled) as session:
-        found = predict(session.run, evalset, EVALUATION_BATCH, specs=artifact.inputs, task=run.data.task)
+        batch = LANGUAGE_BATCH if run.data.task == "causal-lm" else EVALUATION_BATCH
+        found = predict(session.run, evalset, batch, specs=artifact.inputs, task=run.data.task)
     if not np.isfinite(found).all():
         raise RunError(f"`{artifact.name}` gives NaN or infinite outputs")
     if inputs_digest is not None:

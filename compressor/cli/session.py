@@ -12,10 +12,17 @@ from compressor.config import validate
 from compressor.data.types import DataBundle
 from compressor.errors import ConfigError, PlanError, Problem, ProblemList
 from compressor.models.types import LoadedModel
-from compressor.plan import Plan, TargetView, channel_multiple, profile_plan, recipe_problems, steps_of
+from compressor.plan import Plan, TargetView, channel_multiple, profile_plan, recipe_problems, steps_of, task_problems
 from compressor.profile import HardwareProfile, load_profile
 from compressor.recipe import DistilStage, PruneStage, Recipe, load_recipe
+from compressor.types import EMBEDDING, MULTI_LABEL
 
+TEXT_TASKS = EMBEDDING | {
+    "text-classification",
+    "multi-label-text-classification",
+    "token-classification",
+    "causal-lm",
+}
 IMPORT_STRING = re.compile(r"[A-Za-z_][\w]*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -96,10 +103,12 @@ def default_stages(recipe: Recipe, model: LoadedModel) -> Recipe:
     quantize: dict[str, Any] = {"kind": "quantize"}
     if model.kind == "onnx":
         stages = [quantize]
-    elif model.task in {"text-classification", "sentence-embedding"}:
+    elif model.task in TEXT_TASKS:
         stages = [*_text_stages(model), quantize]
     else:
-        kd = {"use": "kd", "options": {"temperature": 2.0}}
+        kd: dict[str, Any] = {"use": "kd", "options": {"temperature": 2.0}}
+        if model.task in MULTI_LABEL:
+            kd = {"use": "multi-label"}
         stages = [{"kind": "prune", "ratio": 0.5}, {"kind": "distil", "epochs": 5, "objective": [kd]}, quantize]
     data = {**recipe.model_dump(mode="json", exclude_unset=True), "name": recipe.name, "stage": stages}
     return validate(Recipe, data, "the default recipe")
@@ -115,8 +124,11 @@ def _text_stages(model: LoadedModel) -> list[dict[str, Any]]:
     kd = {"use": "kd", "options": {"temperature": 2.0}}
     cosine = {"use": "cosine", "match": {"student": "logits", "teacher": "logits"}}
     distil = {"kind": "distil", "epochs": 3, "batch": 32, "learning_rate": 1e-4}
-    if model.task == "text-classification":
-        distil["objective"] = [kd, hidden]
+    if model.task == "causal-lm":
+        distil |= {"objective": [{"use": "kd", "weight": 0.5, "options": {"temperature": 1.0}}]}
+        return [{"kind": "student", "keep_layers": max(1, layers // 2)}, distil]
+    if model.task not in EMBEDDING:
+        distil["objective"] = [{"use": "multi-label"} if model.task in MULTI_LABEL else kd, hidden]
     else:
         distil |= {"objective": [cosine, hidden], "labels": 0.0}
     return [{"kind": "prune", "heads": 0.5, "neurons": 0.5, "layers": layers // 3}, distil]
@@ -141,6 +153,7 @@ def open_session(request: Request) -> Session:
     )
     recipe = default_stages(recipe, model)
     problems = recipe_problems(recipe, model.kind, _objective_names())
+    problems += task_problems(recipe, model.task, _positions(model))
     data: DataBundle | None = None
     try:
         data = load_data(recipe.data, model, seed=recipe.seed, raw=raw)
@@ -152,6 +165,13 @@ def open_session(request: Request) -> Session:
         raise PlanError("the plan", problems)
     views = target_views()
     return Session(request, recipe, profiles, model, data, _plan(recipe, profiles, model, data, views))
+
+
+def _positions(model: LoadedModel) -> int | None:
+    """The longest text of a language model with position embeddings or a stated limit."""
+    config = getattr(getattr(model.module, "model", None), "config", None)
+    found = getattr(config, "max_position_embeddings", None)
+    return found if model.task == "causal-lm" and isinstance(found, int) else None
 
 
 def _load_profiles(recipe: Recipe) -> tuple[HardwareProfile, ...]:
@@ -269,10 +289,16 @@ def _variant_names(
     return tuple(item.name for item in wanted), rejected
 
 
+def _competing(stage: Any) -> bool:
+    return isinstance(stage, DistilStage) and any(item.use == "kd" for item in stage.objective)
+
+
 def _warnings(recipe: Recipe, model: LoadedModel, data: DataBundle) -> tuple[str, ...]:
     found = list(model.provenance.notes) + list(data.notes)
     if model.provenance.licence is None:
         found.append("the teacher's licence is unknown; packages will say so (set `teacher.licence`)")
+    if model.task in MULTI_LABEL and any(_competing(stage) for stage in recipe.stage):
+        found.append("`kd` makes the labels of a sample compete; the objective `multi-label` does not")
     if data.duplicates_dropped:
         found.append(f"{data.duplicates_dropped} train samples that also stand in test were dropped")
     if recipe.null_twin and not any(isinstance(stage, DistilStage) for stage in recipe.stage):

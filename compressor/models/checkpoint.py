@@ -30,7 +30,7 @@ from compressor.models.preprocessing import (
 from compressor.models.source import Source, licence_of, read_json, refuse_remote_code
 from compressor.models.types import LoadedModel, Provenance, TextInput
 from compressor.recipe import DataConfig, TeacherConfig
-from compressor.types import Task, TensorSpec
+from compressor.types import EMBEDDING, Task, TensorSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,8 +43,16 @@ TASKS: Mapping[str, Task] = {
     "image-classification": "image-classification",
     "feature-extraction": "sentence-embedding",
     "sentence-similarity": "sentence-embedding",
+    "token-classification": "token-classification",
+    "text-generation": "causal-lm",
 }
-AUTO_CLASS_TASK = {"sentence-embedding": "feature-extraction"}
+AUTO_CLASS_TASK: Mapping[Task, str] = {
+    **dict.fromkeys(EMBEDDING, "feature-extraction"),
+    "multi-label-text-classification": "text-classification",
+    "multi-label-image-classification": "image-classification",
+    "causal-lm": "text-generation",
+}
+BY_TOKEN = frozenset({"token-classification", "causal-lm"})
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 IGNORED_WEIGHTS = ("pooler", "position_ids", "mask_token")  # not used by any task here
 
@@ -74,7 +82,7 @@ def load_checkpoint(
         raise PlanError.single("teacher.task", "`generic` is for factories and ONNX files, not for checkpoints")
     checkpoint = _Checkpoint(source, settings, task, allow_remote_code)
     model = _load_weights(checkpoint)
-    if task == "image-classification":
+    if task in ("image-classification", "multi-label-image-classification"):
         return _image_model(checkpoint, model, config)
     return _text_model(checkpoint, model, config, data or DataConfig())
 
@@ -108,7 +116,17 @@ def find_task(settings: Mapping[str, Any], source: Source) -> Task:
             f"`{source.name}` is a `{names[0]}` (task {found}); supported are {', '.join(sorted(set(TASKS.values())))}",
             hint="Give `teacher.task` when it was saved under another head, or use a factory.",
         )
-    return TASKS[found]
+    return several_labels(TASKS[found], settings)
+
+
+def several_labels(task: Task, settings: Mapping[str, Any]) -> Task:
+    """The task of a classifier whose config.json says that a sample may have several labels."""
+    if settings.get("problem_type") != "multi_label_classification":
+        return task
+    return {  # type: ignore[return-value]
+        "text-classification": "multi-label-text-classification",
+        "image-classification": "multi-label-image-classification",
+    }.get(task, task)
 
 
 def _load_weights(checkpoint: _Checkpoint) -> Any:
@@ -188,7 +206,7 @@ def _image_model(checkpoint: _Checkpoint, model: Any, config: TeacherConfig) -> 
     size = preprocess.settings.size or (height, width)
     return LoadedModel(
         kind="checkpoint",
-        task="image-classification",
+        task=checkpoint.task,
         module=module,
         onnx=None,
         inputs=(TensorSpec("pixel_values", "float32", ("batch", channels, *size)),),
@@ -204,21 +222,24 @@ def _text_model(checkpoint: _Checkpoint, model: Any, config: TeacherConfig, data
 
     notes: list[str] = []
     pooling = None
-    if checkpoint.task == "sentence-embedding":
+    if checkpoint.task in EMBEDDING:
         pooling, notes = _pooling(checkpoint)
         if "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:
             model.pooler = None  # never read when tokens are pooled, so it must not be counted, pruned or exported
+    if checkpoint.task == "causal-lm":
+        model.config.use_cache = False  # the exported model takes whole sequences
     module = TextModel(model, pooling).eval()
     preprocess, tokenizer = _tokenizer(checkpoint, model, data)
-    dummy = _dummy_inputs(model, preprocess.names, checkpoint.task)
+    dummy = _dummy_inputs(model, preprocess.names, AUTO_CLASS_TASK.get(checkpoint.task, checkpoint.task))
+    by_token = checkpoint.task in BY_TOKEN
     return LoadedModel(
         kind="checkpoint",
         task=checkpoint.task,
         module=module,
         onnx=None,
         inputs=tuple(TensorSpec(name, "int64", ("batch", "sequence")) for name in preprocess.names),
-        outputs=(_output(module, dummy, "embedding" if pooling else "logits"),),
-        labels=() if pooling else labels_of(model.config.to_dict()),
+        outputs=(_output(module, dummy, "embedding" if pooling else "logits", by_token=by_token),),
+        labels=() if pooling or checkpoint.task == "causal-lm" else labels_of(model.config.to_dict()),
         preprocess=preprocess,
         provenance=_provenance(checkpoint, config, module, notes),
         files={TOKENIZER_FILE: tokenizer},
@@ -290,6 +311,10 @@ def _tokenizer(checkpoint: _Checkpoint, model: Any, data: DataConfig) -> tuple[T
         if tokenizer.pad_token_id is not None
         else getattr(model.config, "pad_token_id", 0),
     )
+    if checkpoint.task == "causal-lm":
+        preprocess = preprocess.model_copy(update={"eos_id": tokenizer.eos_token_id})
+    elif checkpoint.task not in EMBEDDING and data.text_pair is not None:
+        preprocess = preprocess.model_copy(update={"pair": True})
     return preprocess, bare_tokenizer(text, f"`{checkpoint.source.name}`")
 
 
@@ -319,8 +344,9 @@ def _dummy_inputs(model: Any, names: tuple[str, ...], task: str) -> dict[str, An
     return {name: made.generate(name) for name in names}
 
 
-def _output(module: nn.Module, dummy: Mapping[str, Any], name: str) -> TensorSpec:
+def _output(module: nn.Module, dummy: Mapping[str, Any], name: str, *, by_token: bool = False) -> TensorSpec:
     torch = cast(Any, importlib.import_module("torch"))
     with torch.inference_mode():
         out = module(**dummy)
-    return TensorSpec(name, "float32", ("batch", *out.shape[1:]))
+    rest: tuple[int | str, ...] = ("sequence", *out.shape[2:]) if by_token else tuple(out.shape[1:])
+    return TensorSpec(name, "float32", ("batch", *rest))

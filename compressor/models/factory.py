@@ -12,7 +12,7 @@ from compressor.errors import ConfigError, PlanError
 from compressor.models.entry import import_entry
 from compressor.models.types import ImageInput, LoadedModel, Provenance, RawInput
 from compressor.recipe import DataConfig, ImagePreprocess, TeacherConfig
-from compressor.types import Array, Task, TensorSpec
+from compressor.types import EMBEDDING, Array, Task, TensorSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,11 +117,11 @@ def _task(preprocess: ImageInput | RawInput, rank: int) -> Task:
 
 
 def _output_name(task: Task) -> str:
-    return {"sentence-embedding": "embedding", "generic": "output"}.get(task, "logits")
+    return "embedding" if task in EMBEDDING else "output" if task == "generic" else "logits"
 
 
 def _labels(task: Task, data: DataConfig, count: int, factory: str) -> tuple[str, ...]:
-    if task in ("sentence-embedding", "generic"):
+    if task in EMBEDDING or task in ("generic", "causal-lm"):
         return data.labels or ()
     if data.labels and len(data.labels) != count:
         raise PlanError.single("data.labels", f"names {len(data.labels)} classes but `{factory}` has {count} outputs")

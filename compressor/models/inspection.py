@@ -15,13 +15,16 @@ from compressor.models.entry import check_entry
 from compressor.models.preprocessing import labels_of
 from compressor.models.source import Source, is_offline, locate, read_json, refuse_remote_code
 from compressor.recipe import DataConfig, TeacherConfig
-from compressor.types import Task, TensorSpec
+from compressor.types import EMBEDDING, Task, TensorSpec
 
 # What the heads of transformers are called. Loading asks optimum, which takes seconds to import; a test compares both.
 _SUFFIXES: Mapping[str, Task] = {
     "ForSequenceClassification": "text-classification",
     "ForImageClassification": "image-classification",
     "ForImageClassificationWithTeacher": "image-classification",
+    "ForTokenClassification": "token-classification",
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
     "Model": "sentence-embedding",
 }
 
@@ -121,7 +124,7 @@ def _checkpoint_facts(source: Source, config: TeacherConfig, allow_remote_code: 
         parameters=parameters,
         file_bytes=sum(file.stat().st_size for file in weights),
         layers=_layers(settings),
-        labels=labels_of(settings) if task != "sentence-embedding" else (),
+        labels=labels_of(settings) if task not in EMBEDDING and task != "causal-lm" else (),
         problems=tuple(problems),
         notes=tuple(notes),
     )
@@ -132,7 +135,13 @@ def checkpoint_task(settings: Mapping[str, Any], folder: Path) -> Task | None:
     if (folder / "modules.json").is_file():
         return "sentence-embedding"
     name = str((settings.get("architectures") or [""])[0])
-    return next((task for suffix, task in _SUFFIXES.items() if name.endswith(suffix)), None)
+    task = next((task for suffix, task in _SUFFIXES.items() if name.endswith(suffix)), None)
+    if settings.get("problem_type") == "multi_label_classification":
+        return {
+            "text-classification": "multi-label-text-classification",
+            "image-classification": "multi-label-image-classification",
+        }.get(task or "", task)  # type: ignore[return-value]
+    return task
 
 
 def _layers(settings: Mapping[str, Any]) -> int | None:

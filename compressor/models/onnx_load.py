@@ -11,7 +11,7 @@ from compressor.models.preprocessing import TOKENIZER_FILE, bare_tokenizer, imag
 from compressor.models.source import Source, licence_of, read_json
 from compressor.models.types import ImageInput, LoadedModel, Provenance, RawInput, TextInput
 from compressor.recipe import DataConfig, ImagePreprocess, TeacherConfig
-from compressor.types import Task
+from compressor.types import EMBEDDING, Task
 
 
 def load_onnx(
@@ -66,7 +66,7 @@ def infer_task(facts: OnnxFacts, preprocess: ImageInput | TextInput | RawInput) 
 
 
 def _labels(facts: OnnxFacts, task: Task, data: DataConfig, beside: dict[str, Any]) -> tuple[str, ...]:
-    if task in ("generic", "sentence-embedding"):
+    if task in EMBEDDING or task in ("generic", "causal-lm"):
         return data.labels or ()
     count = facts.outputs[0].shape[-1]
     labels = data.labels or labels_of(beside)

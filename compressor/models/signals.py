@@ -22,7 +22,7 @@ from compressor.errors import PlanError
 from compressor.models.heads import Exits, Head, head_signals
 
 PROJECTIONS = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
-FUSED = ("qkv", "qkv_proj")
+FUSED = ("qkv", "qkv_proj", "c_attn")
 _NAME = re.compile(r"^(hidden|qkv|attn|q|k|v)\[(-?\d+)\]$")
 _HEAD_SIZES = ("attention_head_size", "head_dim")
 _HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "heads")
@@ -83,9 +83,14 @@ def _mapped(module: nn.Module, mapping: Mapping[str, str]) -> dict[str, nn.Modul
     return {name: parts[path] for name, path in mapping.items()}
 
 
+def _is_linear(part: nn.Module) -> bool:
+    """nn.Linear, or transformers' Conv1D, which is one with its weight transposed."""
+    return isinstance(part, nn.Linear) or (hasattr(part, "nx") and hasattr(part, "nf"))
+
+
 def _attentions(module: nn.Module) -> Iterable[Attention]:
     for path, part in module.named_modules():
-        children = {name for name, child in part.named_children() if isinstance(child, nn.Linear)}
+        children = {name for name, child in part.named_children() if _is_linear(child)}
         for names in (*PROJECTIONS, *((name,) for name in FUSED)):
             if children.issuperset(names):
                 yield Attention(path, part, names)

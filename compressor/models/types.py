@@ -32,6 +32,8 @@ class TextInput(Frozen):
     tokenizer_file: str  # name of the file beside the manifest; bytes come from LoadedModel.files
     max_length: int
     pad_id: int
+    eos_id: int | None = None  # end of a document; language models only
+    pair: bool = False  # samples are pairs of texts
     names: tuple[str, ...]  # model inputs made by it: input_ids, attention_mask, token_type_ids
 
 

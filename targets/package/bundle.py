@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from compressor.errors import CompileError, ConfigError, RunError, sdk_errors
-from compressor.types import Array, write_atomic
+from compressor.types import EMBEDDING, MULTI_LABEL, Array, write_atomic
 from targets.outcome import ProfileOutcome, Row, RunSummary
 from targets.package import infer
 from targets.package.archive import files_of, write_sums, write_zip
@@ -226,9 +226,11 @@ def _answers(model: Path, info: PackageInfo, runtime: Runtime) -> list[dict[str,
 
 def _meaning(task: str, model: Path) -> Postprocess:
     """What the first output is: a classifier that ends in a Softmax gives probabilities already."""
-    if task == "sentence-embedding":
+    if task in EMBEDDING:
         return "embedding"
-    if task not in ("image-classification", "text-classification"):
+    if task in ("token-classification", "causal-lm"):
+        return "tags" if task == "token-classification" else "next-token"
+    if task not in MULTI_LABEL and task not in ("image-classification", "text-classification"):
         return "none"
     import onnx
 
@@ -237,4 +239,7 @@ def _meaning(task: str, model: Path) -> Postprocess:
     node = makers.get(graph.output[0].name)
     while node is not None and node.op_type in ("QuantizeLinear", "DequantizeLinear", "Identity", "Cast"):
         node = makers.get(node.input[0])
-    return "probabilities" if node is not None and node.op_type == "Softmax" else "softmax"
+    end = node.op_type if node is not None else ""
+    if task in MULTI_LABEL:
+        return "independent-probabilities" if end == "Sigmoid" else "sigmoid"
+    return "probabilities" if end == "Softmax" else "softmax"

@@ -313,7 +313,8 @@ class WordPiece:
         self.added = {token["content"]: token for token in spec.get("added_tokens", [])}
         names = sorted(self.added, key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, names))) if names else None
-        self.before, self.after = template(spec.get("post_processor"))
+        self.post = spec.get("post_processor")
+        self.before, self.after = template(self.post)
         self.known: dict[str, list[int]] = {}
 
     def encode(self, text: str, longest: int) -> list[int]:
@@ -329,6 +330,29 @@ class WordPiece:
             if len(ids) >= room:
                 break
         return [*self.before, *ids[:room], *self.after]
+
+    def all_ids(self, text: str) -> list[int]:
+        """Token ids without special ones at the ends, not cut."""
+        ids: list[int] = []
+        for part in self.parts(text):
+            ids += (
+                [part] if isinstance(part, int) else [piece for word in self.words(part) for piece in self.pieces(word)]
+            )
+        return ids
+
+    def encode_pair(self, first: str, second: str, longest: int) -> tuple[list[int], list[int]]:
+        """Token and type ids of two texts; the longer one is cut first."""
+        layout = pair_template(self.post)
+        special = sum(len(item) for item, _ in layout if isinstance(item, list))
+        sides = [self.all_ids(first), self.all_ids(second)]
+        lengths = cut_longest([len(side) for side in sides], max(0, longest - special))
+        ids: list[int] = []
+        types: list[int] = []
+        for item, kind in layout:
+            found = item if isinstance(item, list) else sides[item][: lengths[item]]
+            ids += found
+            types += [kind] * len(found)
+        return ids, types
 
     def parts(self, text: str) -> Iterator[str | int]:
         """Text between special tokens, and the ids of those that stand in it."""
@@ -406,6 +430,31 @@ def template(post: dict[str, Any] | None) -> tuple[list[int], list[int]]:
     return sides
 
 
+def pair_template(post: dict[str, Any] | None) -> list[tuple[list[int] | int, int]]:
+    """What a pair becomes: lists of special ids, 0 for the first text, 1 for the second; each with its type id."""
+    if post is None:
+        return [(0, 0), (1, 1)]
+    if post["type"] == "BertProcessing":
+        start, end = [post["cls"][1]], [post["sep"][1]]
+        return [(start, 0), (0, 0), (end, 0), (1, 1), (end, 1)]
+    found: list[tuple[list[int] | int, int]] = []
+    for piece in post["pair"]:
+        ((kind, value),) = piece.items()
+        ids = post["special_tokens"][value["id"]]["ids"] if kind == "SpecialToken" else int(value["id"] == "B")
+        found.append((ids, value["type_id"]))
+    return found
+
+
+def cut_longest(lengths: list[int], room: int) -> list[int]:
+    """Lengths of two texts that fit: the longer one is cut to the shorter before both are (``longest_first``)."""
+    short, long = sorted(lengths)
+    if short + long > room:
+        long = short if short > room else max(short, room - short)
+        if short + long > room:
+            short, long = room // 2, room // 2 + room % 2
+    return [short, long] if lengths[0] <= lengths[1] else [long, short]
+
+
 def is_plain(spec: dict[str, Any]) -> bool:
     """Does :class:`WordPiece` do exactly what this tokenizer does?"""
     kinds = [(spec.get(key) or {}).get("type") for key in ("model", "normalizer", "pre_tokenizer", "post_processor")]
@@ -422,14 +471,19 @@ def is_plain(spec: dict[str, Any]) -> bool:
     )
 
 
-def load_tokenizer(path: Path) -> Callable[[str, int], tuple[list[int], list[int]]]:
-    """A function from text and length limit to ids and type ids."""
+Encode: TypeAlias = "Callable[[str, int, str | None], tuple[list[int], list[int]]]"
+
+
+def load_tokenizer(path: Path) -> Encode:
+    """A function from text, length limit and perhaps a second text to ids and type ids."""
     text = path.read_text(encoding="utf-8")
     spec = json.loads(text)
     if is_plain(spec):
         plain = WordPiece(spec)
 
-        def encode(sentence: str, longest: int) -> tuple[list[int], list[int]]:
+        def encode(sentence: str, longest: int, second: str | None) -> tuple[list[int], list[int]]:
+            if second is not None:
+                return plain.encode_pair(sentence, second, longest)
             ids = plain.encode(sentence, longest)
             return ids, [0] * len(ids)
 
@@ -443,9 +497,9 @@ def load_tokenizer(path: Path) -> Callable[[str, int], tuple[list[int], list[int
     library = Tokenizer.from_str(text)
     library.no_padding()
 
-    def encode_with_library(sentence: str, longest: int) -> tuple[list[int], list[int]]:
+    def encode_with_library(sentence: str, longest: int, second: str | None) -> tuple[list[int], list[int]]:
         library.enable_truncation(longest)
-        found = library.encode(sentence)
+        found = library.encode(sentence, second)
         return found.ids, found.type_ids
 
     return encode_with_library
@@ -502,7 +556,9 @@ class Package:
             raise RefusalError(
                 f"manifest version {self.manifest.get('manifest_version')} is not readable by this infer.py"
             )
-        self._tokenize: Callable[[str, int], tuple[list[int], list[int]]] | None = None
+        self._tokenize: Encode | None = None
+        self.second: str | None = None  # of --pair
+        self.by_word = self.manifest["postprocess"]["kind"] == "tags"
 
     def session(self, threads: int | None, portable: bool) -> Any:
         """An ONNX Runtime session set up as it was when the figures were taken."""
@@ -517,18 +573,67 @@ class Package:
             name = model["portable"]
         return open_session(self.folder / name, {**runtime, "threads": threads or runtime["threads"]})
 
-    def tokens(self, text: str) -> dict[str, Array]:
+    def encoded(self, text: str, second: str | None = None) -> tuple[list[int], list[int]]:
+        """Token and type ids of a text or a pair."""
         rules = self.manifest["preprocess"]
         if self._tokenize is None:
             self._tokenize = load_tokenizer(self.folder / rules["tokenizer_file"])
-        return text_input(*self._tokenize(text, rules["max_length"]), self.manifest)
+        return self._tokenize(text, rules["max_length"], second)
+
+    def tokens(self, text: str, second: str | None = None) -> dict[str, Array]:
+        """A text as the model's inputs; a model of pairs takes the second text beside it or after a tab."""
+        if self.manifest["preprocess"].get("pair") and second is None:
+            text, tab, second = text.partition("\t")
+            if not tab:
+                raise RefusalError("this model takes two texts: give --pair SECOND, or lines with a tab between them")
+        return text_input(*self.encoded(text, second), self.manifest)
+
+    def first_tokens(self, words: list[str]) -> list[int]:
+        """Position of the first token of each word; words beyond the model's length have none."""
+        path = self.folder / self.manifest["preprocess"]["tokenizer_file"]
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        longest = self.manifest["preprocess"]["max_length"]
+        if not is_plain(spec):
+            from tokenizers import Tokenizer
+
+            library = Tokenizer.from_str(json.dumps(spec))
+            library.enable_truncation(longest)
+            owners = library.encode(words, is_pretokenized=True).word_ids
+            return [owners.index(number) for number in range(len(words)) if number in owners]
+        plain = WordPiece(spec)
+        at, places = len(plain.before), []
+        for word in words:
+            if at < longest - len(plain.after):
+                places.append(at)
+            at += len(plain.all_ids(word))
+        return places
+
+    def continued(self, session: Any, text: str, count: int) -> dict[str, Any]:
+        """The likeliest ``count`` tokens after ``text``, one after the other."""
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise RefusalError("writing text needs `pip install tokenizers`") from None
+        rules, name = self.manifest["preprocess"], session.get_outputs()[0].name
+        library = Tokenizer.from_file(str(self.folder / rules["tokenizer_file"]))
+        ids = list(library.encode(text).ids)
+        if not ids:
+            raise RefusalError("the text has no token to continue")
+        start = len(ids)
+        for _ in range(count):
+            seen = ids[-rules["max_length"] :]
+            (logits,) = session.run([name], text_input(seen, [0] * len(seen), self.manifest))
+            ids.append(int(np.argmax(logits[0, len(seen) - 1])))
+            if ids[-1] == rules.get("eos_id"):
+                break
+        return {"continuation": library.decode(ids[start:]), "tokens": ids[start:]}
 
     def inputs_of(self, argument: str) -> Iterator[tuple[str, dict[str, Array]]]:
         """Model inputs, each with the name to show, from one argument of the command line."""
         kind = self.manifest["preprocess"]["kind"]
         if kind == "text":
             for line in read_lines(argument):
-                yield line, self.tokens(line)
+                yield line, self.tokens(" ".join(line.split()) if self.by_word else line, self.second)
         elif argument.endswith((".npy", ".npz")):
             yield from self.arrays(Path(argument))
         elif kind == "image":
@@ -601,13 +706,38 @@ def answer(outputs: dict[str, Array], manifest: dict[str, Any], top: int) -> dic
             "label": named[0],
             "scores": {name: float(shares[index]) for name, index in zip(named, order, strict=True)},
         }
+    if kind in ("sigmoid", "independent-probabilities"):
+        shares = 1 / (1 + np.exp(-first)) if kind == "sigmoid" else first
+        labels = manifest["labels"]
+        named = [labels[index] if index < len(labels) else str(index) for index in range(len(shares))]
+        order = np.argsort(-shares, kind="stable")[:top].tolist()
+        return {
+            "labels": [name for name, share in zip(named, shares, strict=True) if share > 0.5],
+            "scores": {named[index]: float(shares[index]) for index in order},
+        }
     if kind == "embedding":
         return {"embedding": first.tolist()}
     return {"outputs": {name: np.asarray(value)[0].tolist() for name, value in outputs.items()}}
 
 
+def tagged(package: Package, line: str, outputs: dict[str, Array]) -> dict[str, Any]:
+    """The label of each word: that of its first token."""
+    words, labels = line.split(), package.manifest["labels"]
+    first = np.asarray(next(iter(outputs.values())))[0]
+    classes = [int(np.argmax(first[place])) for place in package.first_tokens(words)]
+    named = [labels[index] if index < len(labels) else str(index) for index in classes]
+    return {"words": words[: len(named)], "tags": named}
+
+
 def show(name: str, found: dict[str, Any]) -> None:
-    if "label" in found:
+    if "tags" in found:
+        print("  ".join(f"{word}/{tag}" for word, tag in zip(found["words"], found["tags"], strict=True)))
+    elif "continuation" in found:
+        print(f"{name}{found['continuation']}")
+    elif "labels" in found:
+        scores = "  ".join(f"{label} {100 * share:.1f} %" for label, share in found["scores"].items())
+        print(f"{name}\n  {', '.join(found['labels']) or 'no label'} ({scores})")
+    elif "label" in found:
         scores = "  ".join(f"{label} {100 * share:.1f} %" for label, share in found["scores"].items())
         print(f"{name}\n  {scores}")
     elif "embedding" in found:
@@ -618,7 +748,21 @@ def show(name: str, found: dict[str, Any]) -> None:
         print(f"{name}\n  {shapes}; all values with --json")
 
 
+def explained(
+    package: Package, session: Any, name: str, outputs: dict[str, Array], options: argparse.Namespace
+) -> dict[str, Any]:
+    """What the outputs mean; a language model goes on writing."""
+    kind = package.manifest["postprocess"]["kind"]
+    text = package.manifest["preprocess"]["kind"] == "text"
+    if kind == "next-token" and text:
+        return package.continued(session, name, options.new_tokens)
+    if kind == "tags" and text:
+        return tagged(package, name, outputs)
+    return answer(outputs, package.manifest, options.top)
+
+
 def run(package: Package, options: argparse.Namespace) -> int:
+    package.second = options.pair
     session = package.session(options.threads, options.portable)
     names = [output.name for output in session.get_outputs()]
     answers, raw = [], []
@@ -626,7 +770,7 @@ def run(package: Package, options: argparse.Namespace) -> int:
         for name, inputs in package.inputs_of(argument):
             outputs = dict(zip(names, session.run(None, inputs), strict=True))
             raw.append(outputs)
-            answers.append({"input": name, **answer(outputs, package.manifest, options.top)})
+            answers.append({"input": name, **explained(package, session, name, outputs, options)})
             if not options.json:
                 show(name, answers[-1])
     if options.out:
@@ -686,7 +830,7 @@ def check_preprocessing(package: Package, index: int, sample: dict[str, dict[str
     if "raw" not in sample:
         return []
     value = sample["raw"]["value"]
-    made = package.tokens(str(value)) if value.dtype.kind == "U" else package.picture(value)
+    made = package.tokens(*np.atleast_1d(value).tolist()) if value.dtype.kind == "U" else package.picture(value)
     wrong = [
         name
         for name, wanted in sample["input"].items()
@@ -750,6 +894,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--benchmark", action="store_true", help="measure latency on this device")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--top", type=int, default=5, help="how many classes to show (default: 5)")
+    parser.add_argument("--pair", help="the second text of models that take two")
+    parser.add_argument("--new-tokens", type=int, default=40, help="how many tokens a language model writes (40)")
     parser.add_argument("--threads", type=int, help="threads (default: those of the measurement)")
     parser.add_argument(
         "--portable", action="store_true", help="run the portable ONNX file beside a device's own format"

@@ -25,14 +25,14 @@ class PackageInfo:
     ``preprocess`` is the dump of an image, text or raw input rule; ``files`` go into the package beside the manifest
     (tokenizer.json, a licence). ``samples`` are model inputs by name, batch 1, for the self-check; their expected
     outputs are made when packing, by the model that ships. ``raw`` are the same samples before pre-processing (a
-    string, or a uint8 picture), so that the self-check covers pre-processing, too.
+    string, a pair of them, or a uint8 picture), so that the self-check covers pre-processing, too.
     """
 
     preprocess: Mapping[str, Any]
     files: Mapping[str, bytes] = field(default_factory=dict)
     labels: Sequence[str] = ()
     samples: Sequence[Inputs] = ()
-    raw: Sequence[str | Array] = ()
+    raw: Sequence[str | tuple[str, ...] | Array] = ()
 
 
 def save_info(info: PackageInfo, packages: Path) -> None:
@@ -66,7 +66,7 @@ def load_info(run_folder: Path) -> PackageInfo:
 
 
 def pack_samples(
-    samples: Sequence[Inputs], raw: Sequence[str | Array], outputs: Sequence[Mapping[str, Array]]
+    samples: Sequence[Inputs], raw: Sequence[str | tuple[str, ...] | Array], outputs: Sequence[Mapping[str, Array]]
 ) -> bytes:
     """An .npz whose keys are ``<index>.<input|output|raw>.<name>``; no pickle, the same bytes every time."""
     arrays: dict[str, Any] = {}
@@ -91,5 +91,7 @@ def unpack_samples(content: bytes) -> list[dict[str, dict[str, Array]]]:
     return [found[index] for index in sorted(found)]
 
 
-def _plain(value: Array) -> str | Array:
-    return str(value) if value.dtype.kind == "U" else value
+def _plain(value: Array) -> str | tuple[str, ...] | Array:
+    if value.dtype.kind != "U":
+        return value
+    return tuple(value.tolist()) if value.ndim else str(value)

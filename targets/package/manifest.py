@@ -10,7 +10,9 @@ from compressor.types import Artifact, Figure, Measurement, TensorSpec
 from targets.outcome import Row
 
 MANIFEST_VERSION = "1.0"
-Postprocess = Literal["softmax", "probabilities", "embedding", "none"]
+Postprocess = Literal[
+    "softmax", "probabilities", "sigmoid", "independent-probabilities", "tags", "next-token", "embedding", "none"
+]
 
 
 class Tensor(Frozen):
@@ -65,7 +67,12 @@ class Absent(Frozen):
 
 
 class Output(Frozen):
-    """What the first output means: logits to be soft-maxed, probabilities, a unit-length vector, or none of these."""
+    """What the first output means.
+
+    ``softmax``: logits of one class; ``probabilities``: of one class, already; ``sigmoid``: logits of several labels;
+    ``independent-probabilities``: of several labels, already; ``tags``: logits of a class for each token, of which the
+    first of each word counts; ``next-token``: logits of the next token at each token; ``embedding``: a unit vector.
+    """
 
     kind: Postprocess
 

@@ -24,6 +24,10 @@ def readme(manifest: Manifest, outcome: ProfileOutcome, row: Row) -> str:
 
 def _run(manifest: Manifest) -> str:
     example = _EXAMPLES.get(str(manifest.preprocess.get("kind")), "input.npy")
+    if manifest.preprocess.get("pair"):
+        example = '"first sentence" --pair "second sentence"'
+    elif manifest.postprocess.kind == "next-token":
+        example = '"the beginning of a text" --new-tokens 40'
     flag = "" if manifest.model.format in ("onnx", "ort") else " --portable"
     lines = [
         "## Run it",

@@ -1,0 +1,45 @@
+"""What a distil stage may ask of language models, as data: rollouts, teacher-made text, low-rank adapters. No torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from compressor.config import Frozen
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Tokens = Annotated[int, Field(ge=1)]
+
+
+class Rollouts(Frozen):
+    """On-policy batches: the student continues the text, the teacher says what it should have said (GKD; methods X1).
+
+    Labels do not count for tokens that the student made.
+    """
+
+    fraction: Share = 0.5  # of the steps
+    prompt_tokens: Tokens = 16  # kept from the data
+    max_new_tokens: Tokens = 128
+    temperature: Annotated[float, Field(ge=0)] = 0.9  # of sampling only; 0 is greedy
+    top_k: Annotated[int, Field(ge=0)] = 0  # 0: all tokens
+    replay: Share = 0.0  # of the on-policy steps: a batch that was made before is seen again
+    buffer: Annotated[int, Field(ge=1)] = 64  # batches that are kept for it
+
+
+class Sequences(Frozen):
+    """Text that the teacher wrote replaces the training text (sequence-level KD, Kim and Rush, 2016; methods X2)."""
+
+    prompt_tokens: Tokens = 16  # taken from the data; they carry no labels
+    max_new_tokens: Tokens = 128
+    beams: Annotated[int, Field(ge=1)] = 1  # more than one: the best of a beam search
+    temperature: Annotated[float, Field(ge=0)] = 0.0  # 0: greedy
+    samples: Tokens | None = None  # prompts; all training blocks when left out
+
+
+class LoRA(Frozen):
+    """Train low-rank additions to weights only; they are merged before export (LLM-Neo; methods X17)."""
+
+    rank: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0  # the addition is scaled by alpha / rank
+    modules: tuple[str, ...] = ("*",)  # name patterns of the linear layers that get one

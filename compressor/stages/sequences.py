@@ -1,0 +1,95 @@
+"""Teacher-made text for a distil stage, stored by its content's key like any other stage (methods X2)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compressor.data.blocks import IGNORED, BlockSplit
+from compressor.data.types import DataBundle
+from compressor.errors import StageError
+from compressor.language import Sequences
+from compressor.ledger import StageOutput, code_digest
+from compressor.stages.run import Run
+
+BATCH = 32
+FILE = "sequences.npz"
+
+
+def with_sequences(run: Run, config: Sequences) -> DataBundle:
+    """The run's data with the training text replaced by what the teacher writes after its beginnings.
+
+    Raises:
+        StageError: the task is not a causal language model's.
+    """
+    if run.model.task != "causal-lm":
+        raise StageError("`sequences` is for causal language models", hint=f"The task is {run.model.task}.")
+    key = {
+        "teacher": run.model.provenance.digest,
+        "config": config.model_dump(mode="json"),
+        "data": run.data.digests["train"],
+        "seed": run.recipe.seed,
+        "code": code_digest("distil/generation", "stages/sequences"),
+    }
+    result = run.ledger.stage("seq-kd", key, lambda folder: _write(run, config, folder))
+    with np.load(result.folder / FILE, allow_pickle=False) as stored:
+        split = BlockSplit(
+            "train", stored["labels"], stored["digests"], stored["ids"], stored["lengths"], run.model.inputs
+        )
+    return replace(
+        run.data, splits={**run.data.splits, "train": split}, digests={**run.data.digests, "train": result.key}
+    )
+
+
+def _write(run: Run, config: Sequences, folder: Path) -> StageOutput:
+    prompts = _prompts(run, config)
+    ids, lengths = [], []
+    for start in range(0, len(prompts), BATCH):
+        made, mask = _continue(run, config, prompts[start : start + BATCH], start)
+        ids += list(made)
+        lengths += mask.sum(axis=1).tolist()
+    width = max(len(row) for row in ids)
+    table = np.stack([np.pad(row, (0, width - len(row))) for row in ids]).astype(np.int32)
+    count = np.asarray(lengths, np.int64)
+    labels = np.full_like(table, IGNORED)
+    labels[:, :-1] = table[:, 1:]
+    places = np.arange(width)[None]
+    labels[(places < prompts.shape[1] - 1) | (places >= count[:, None] - 1)] = IGNORED
+    digests = np.array([f"seq-{row}".encode() for row in range(len(table))], dtype="S16")
+    np.savez(folder / FILE, ids=table, labels=labels, lengths=count, digests=digests)
+    return StageOutput({"sequences": len(table), "tokens": int((labels != IGNORED).sum())})
+
+
+def _prompts(run: Run, config: Sequences) -> np.ndarray[Any, Any]:
+    train = run.data.splits["train"]
+    index = np.arange(min(config.samples or len(train), len(train)))
+    batches = [train.batch(index[start : start + 256]) for start in range(0, len(index), 256)]
+    long = [
+        row[: config.prompt_tokens]
+        for batch in batches
+        for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        if mask.sum() >= config.prompt_tokens
+    ]
+    if not long:
+        raise StageError(
+            "no training block is as long as `prompt_tokens`", hint="Make `sequences.prompt_tokens` smaller."
+        )
+    return np.stack(long)
+
+
+def _continue(run: Run, config: Sequences, prompts: np.ndarray[Any, Any], start: int) -> tuple[Any, Any]:
+    import torch
+
+    from compressor.distil.generation import beam_search, end_token, generate
+
+    tokens = torch.from_numpy(prompts.astype(np.int64))
+    end = end_token(run.teacher)
+    if config.beams > 1:
+        made = beam_search(run.teacher, tokens, config.max_new_tokens, config.beams, end)
+    else:
+        seed = run.recipe.seed * 1_000_003 + start
+        made = generate(run.teacher, tokens, config.max_new_tokens, temperature=config.temperature, seed=seed, end=end)
+    return made.ids.numpy(), made.mask.numpy()
