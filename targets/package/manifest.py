@@ -150,7 +150,7 @@ def tolerance_of(artifact: Artifact) -> tuple[float, str]:
     Float kernels differ in the order of their sums, a few units in the last place per layer; int8 kernels of another
     processor may round a quantization step differently, and steps add up through the layers.
     """
-    if artifact.precision.startswith("int8"):
+    if artifact.precision.startswith("int"):
         return 0.05, "int8 kernels of other processors round differently"
     return 1e-4, "float kernels of other processors sum in another order"
 
