@@ -78,9 +78,8 @@ def _advanced(nncf: Any, variant: Variant, rules: QuantizationRules) -> Any:
     asked = variant.corrections != "auto" and "smooth" in variant.corrections
     off_bias = variant.corrections != "auto" and "bias" not in variant.corrections
     more: dict[str, Any] = {}
-    if rules.symmetric_activation or rules.activation == "int8":
-        mode = QuantizationMode.SYMMETRIC if rules.symmetric_activation else QuantizationMode.ASYMMETRIC
-        more["activations_quantization_params"] = QuantizationParameters(mode=mode, signedness_to_force=True)
+    if rules.symmetric_activation:  # signed ones cannot be forced: NNCF's device tables refuse that on ONNX
+        more["activations_quantization_params"] = QuantizationParameters(mode=QuantizationMode.SYMMETRIC)
     if not variant.per_channel:
         more["weights_quantization_params"] = QuantizationParameters(per_channel=False)
     if variant.calibration in ("minmax", "percentile"):

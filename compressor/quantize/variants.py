@@ -160,8 +160,9 @@ def _dynamic_reason(rules: QuantizationRules, facts: ModelFacts) -> str:
 
 
 def _nncf_reason(variant: Variant, rules: QuantizationRules) -> str:
-    if rules.activation not in ("uint8", "int8") or rules.weight != "int8":
-        return f"NNCF's ONNX quantizer writes 8-bit activations and int8 weights, this target wants {rules.activation}"
+    if rules.activation != "uint8" or rules.weight != "int8":
+        writes = "NNCF writes unsigned 8-bit activations behind a ReLU and cannot be told otherwise"
+        return f"{writes}; this target takes {rules.activation} activations and {rules.weight} weights"
     if variant.calibration in ("entropy", "mse"):
         return f"NNCF chooses ranges by minmax or percentile, not by {variant.calibration}"
     return "" if importlib.util.find_spec("nncf") else NNCF_HINT

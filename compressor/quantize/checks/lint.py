@@ -85,7 +85,7 @@ def _stored(
     readers = {user.op_type for user in users.get(node.output[0], []) if user.op_type in WEIGHTED}
     if readers and kind not in (rules.weight, "float32"):
         yield f"its weight is {kind}, the target takes {rules.weight}"
-    if rules.weight == "int8" and _shifted(node, fixed):
+    if ((readers and rules.weight == "int8") or rules.symmetric_activation) and _shifted(node, fixed):
         yield "its weight has a zero point other than 0"
     if not rules.per_channel and _scales(node, fixed) > 1:
         yield f"its weight has {_scales(node, fixed)} scales, the target takes one per tensor"

@@ -12,6 +12,7 @@ from compressor.recipe import QuantizeStage
 from tests import onnx_models
 
 STAGE = QuantizeStage(kind="quantize")
+CPU = QuantizationRules()
 TENSORRT = QuantizationRules(
     activation="int8", symmetric_activation=True, quantize_bias=False, weighted_only=True, dynamic=False
 )
@@ -87,3 +88,19 @@ def test_a_missing_nncf_is_a_reason_with_its_installation(cnn, monkeypatch):
 @pytest.mark.skipif(not HAS_NNCF, reason="nncf is not installed")
 def test_nncf_is_offered_where_it_is_installed(cnn):
     assert "int8-static-per-channel-nncf" in names(variants(STAGE, QuantizationRules(), cnn))
+
+
+def test_what_the_recipe_and_the_rules_ask_for_reaches_the_variants(cnn, masked):
+    stage = QuantizeStage(kind="quantize", engines=("onnxruntime",), calibration="mse", corrections=("bias",))
+    chosen, _ = variants(stage, CPU, cnn)
+    assert {(variant.calibration, variant.corrections) for variant in chosen} == {("mse", ("bias",))}
+    chosen, rejected = variants(STAGE, QuantizationRules(per_channel=False), cnn)
+    assert not any(variant.per_channel for variant in chosen)
+    assert "one scale per weight tensor" in rejected["int8-static-per-channel-ort"]
+    weights = QuantizeStage(kind="quantize", weights=("int4", "int8"), group=64)
+    made = {variant.name: variant for variant in variants(weights, CPU, masked)[0]}
+    assert (made["int4-weights-ort"].bits, made["int4-weights-ort"].group) == (4, 64)
+    assert "no MatMul" in variants(weights, CPU, cnn)[1]["int8-weights-ort"]
+    assert "does not read" in variants(weights, TENSORRT, masked)[1]["int8-weights-ort"]
+    only = QuantizeStage(kind="quantize", engines=("nncf",), calibration="entropy")
+    assert "minmax or percentile" in variants(only, CPU, cnn)[1]["int8-static-per-channel-nncf"]
