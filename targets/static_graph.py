@@ -191,6 +191,11 @@ def _without_dynamic(graph: Graph) -> Graph:
     replaced: dict[str, list[Node]] = {}
     weights: dict[str, str] = {}
     for node in graph.nodes:
+        if node.operator == "ConvInteger":
+            raise CompileError(
+                f"node `{node.name}`: ConvInteger has no form in mobile runtimes",
+                hint="Dynamic quantization of convolutions is slower than float; take a static int8 variant.",
+            )
         source = makers.get(node.input(0))
         if node.operator != "MatMulInteger" or source is None or source.operator != "DynamicQuantizeLinear":
             continue

@@ -35,7 +35,7 @@ def options_of(profile: HardwareProfile) -> AutoOptions:
     """Raises :class:`ConfigError` for unknown keys, runtimes that are not registered and a field without a baseline."""
     found = validate(AutoOptions, dict(profile.options), f"profile `{profile.name}`, options")
     known = registry.names()
-    for name in (*found.runtimes, *found.settings):
+    for name in (*(found.runtimes if "runtimes" in found.model_fields_set else ()), *found.settings):
         if name not in known or name == Auto.name:
             raise ConfigError.single(f"profile `{profile.name}`", "options.runtimes", f"`{name}` cannot race")
     return found

@@ -1,0 +1,196 @@
+"""A static ONNX graph as a torch module, in the form that ``torch.export`` and XNNPACK's partitioner understand.
+
+QDQ pairs become ``quantized_decomposed`` operations, exactly as PT2E quantization writes them; uint8 activations
+become int8 by a shift of 128, which changes no value. A product with an int8 weight and a float activation gets a
+quantization of its activation at run time (per row, int8, asymmetric), which is XNNPACK's dynamic kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
+from torch import Tensor
+
+from compressor.errors import CompileError
+from targets.static_graph import DEQUANTIZE, QUANTIZE, Graph, Node
+
+_decomposed = torch.ops.quantized_decomposed
+_LOW, _HIGH = -128, 127
+PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
+
+
+class OnnxModule(torch.nn.Module):
+    """Executes the graph node by node; tracing turns that into a flat torch graph."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        from targets.backends.executorch.operators import OPERATORS
+
+        self.graph, self._operators = graph, OPERATORS
+        self.linear: set[str] = set()  # products whose weight is stored as (out, in)
+        self._buffer_names: dict[str, str] = {}
+        self.weights = {
+            node.outputs[0]: node
+            for node in graph.nodes
+            if node.operator == DEQUANTIZE and node.input(0) in graph.constants
+        }
+        for node in graph.nodes:
+            if node.operator not in OPERATORS and node.operator not in (QUANTIZE, DEQUANTIZE):
+                raise CompileError(
+                    f"node `{node.name}`: {node.operator} has no form in the ExecuTorch export",
+                    hint="Export the model without it, or use another target.",
+                )
+        for node in graph.nodes:
+            self._keep_weight(node)
+            if node.operator in (QUANTIZE, DEQUANTIZE):
+                self._keep_parameters(node)
+        for name in {name for node in graph.nodes for name in node.inputs} & set(graph.constants):
+            self._keep(name, _as_int8(graph.constants[name], name in {node.input(0) for node in self.weights.values()}))
+        self._makers = graph.makers()
+        self._dynamic = {node.name for node in graph.nodes if self._is_dynamic(node)}
+
+    @property
+    def dynamic(self) -> bool:
+        """Does any product quantize its activation at run time?"""
+        return bool(self._dynamic)
+
+    def _keep(self, name: str, array: Any) -> None:
+        """A buffer for a stored tensor; its reader reads it directly, because the partitioner wants constants."""
+        if name not in self._buffer_names:
+            self._buffer_names[name] = f"constant_{len(self._buffer_names)}"
+            self.register_buffer(self._buffer_names[name], torch.from_numpy(np.array(array)))
+
+    def _keep_weight(self, node: Node) -> None:
+        """The stored matrix of a product as (out, in), with its scales: the form of a Linear."""
+        name = node.input(1)
+        source = self.weights[name].input(0) if name in self.weights else name
+        array = self.graph.constants.get(source)
+        if node.operator not in ("Gemm", "MatMul") or array is None or array.ndim != 2:
+            return
+        turned = not (node.operator == "Gemm" and node.attributes.get("transB", 0))
+        self._keep(f"{node.name}/linear", _as_int8(array.T if turned else array, name in self.weights))
+        self.linear.add(node.name)
+
+    def linear_weight(self, node: Node) -> Tensor:
+        """What :meth:`_keep_weight` stored, dequantized where it is int8."""
+        stored: Tensor = getattr(self, self._buffer_names[f"{node.name}/linear"])
+        if node.input(1) not in self.weights:
+            return stored
+        return self._dequantize(self.weights[node.input(1)], stored, axis=0)
+
+    def constant(self, name: str) -> Any:
+        """The numpy value of a stored tensor; None for what is computed."""
+        return self.graph.constants.get(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.graph.shape(name)
+
+    def _is_dynamic(self, node: Node) -> bool:
+        """An int8 weight meets a float activation in a matrix product."""
+        if node.operator not in ("Gemm", "MatMul") or node.input(1) not in self.weights:
+            return False
+        maker = self._makers.get(node.input(0))
+        return maker is None or maker.operator != DEQUANTIZE or not self._output_is_quantized(node)
+
+    def _output_is_quantized(self, node: Node) -> bool:
+        readers = self.graph.consumers().get(node.outputs[0], [])
+        return bool(readers) and all(reader.operator in (QUANTIZE, "Relu", "Clip") for reader in readers)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        values: dict[str, Tensor] = dict(zip(self.graph.inputs, inputs, strict=True))
+        values |= {name: getattr(self, plain) for name, plain in self._buffer_names.items()}
+        for node in self.graph.nodes:
+            if node.operator == QUANTIZE:
+                values[node.outputs[0]] = self._quantize(node, values[node.input(0)])
+            elif node.operator == DEQUANTIZE:
+                values[node.outputs[0]] = self._dequantize(node, values[node.input(0)])
+            else:
+                self._run(node, values)
+        return tuple(values[name] for name in self.graph.outputs)
+
+    def _run(self, node: Node, values: dict[str, Tensor]) -> None:
+        operands = [values[name] if name else None for name in node.inputs]
+        if node.name in self._dynamic:
+            assert operands[0] is not None
+            operands[0] = quantized_at_run_time(operands[0])
+        made = self._operators[node.operator](self, node, operands)
+        for name, value in zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=False):
+            values[name] = value
+
+    # ------------------------------------------------------------ quantization
+
+    def _scales_of(self, node: Node) -> tuple[Any, Any, int]:
+        """Scales and zero points for int8, and how many."""
+        scale = np.atleast_1d(np.asarray(self.constant(node.input(1)), np.float64))
+        zero = self.constant(node.input(2)) if node.input(2) else np.zeros((), np.uint8)
+        if zero.dtype not in (np.uint8, np.int8, np.int32):
+            raise CompileError(f"node `{node.name}`: {zero.dtype} quantization has no form in the ExecuTorch export")
+        shift = 128 if zero.dtype == np.uint8 else 0
+        return scale, np.broadcast_to(np.atleast_1d(zero).astype(np.int64) - shift, scale.shape), scale.size
+
+    def _quantize(self, node: Node, value: Tensor) -> Tensor:
+        scale, zero, count = self._scales_of(node)
+        if count != 1:
+            raise CompileError(f"node `{node.name}`: an activation has one scale, not {count}")
+        return _decomposed.quantize_per_tensor(value, float(scale[0]), int(zero[0]), _LOW, _HIGH, torch.int8)
+
+    def _keep_parameters(self, node: Node) -> None:
+        scale, zero, count = self._scales_of(node)
+        stored = self.graph.constants.get(node.input(0))
+        if stored is not None and stored.dtype == np.int32:
+            self._keep(f"{node.name}/bias", (stored.astype(np.float64) * scale).astype(np.float32))
+        elif count > 1:
+            self._keep(f"{node.name}/scales", scale.astype(np.float32))
+            self._keep(f"{node.name}/zeros", zero.astype(np.int64))
+
+    def _dequantize(self, node: Node, value: Tensor, axis: int | None = None) -> Tensor:
+        scale, zero, count = self._scales_of(node)
+        if value.dtype == torch.int32:  # a bias: plain numbers, XNNPACK quantizes it again
+            bias: Tensor = getattr(self, self._buffer_names[f"{node.name}/bias"])
+            return bias
+        if count == 1:
+            return _decomposed.dequantize_per_tensor(value, float(scale[0]), int(zero[0]), _LOW, _HIGH, torch.int8)
+        axis = int(node.attributes.get("axis", 1)) % value.dim() if axis is None else axis
+        scales, zeros = (getattr(self, self._buffer_names[f"{node.name}/{part}"]) for part in ("scales", "zeros"))
+        return _decomposed.dequantize_per_channel(value, scales, zeros, axis, _LOW, _HIGH, torch.int8)
+
+    def coverage(self) -> dict[str, Any]:
+        """Of the Conv, Gemm and MatMul nodes, how many have int8 operands; why the others have not."""
+        left, quantized = [], 0
+        for node in self.graph.nodes:
+            if node.operator not in PRODUCTS:
+                continue
+            maker = self._makers.get(node.input(0))
+            activation = node.name in self._dynamic or (maker is not None and maker.operator == DEQUANTIZE)
+            if node.input(1) in self.weights and activation:
+                quantized += 1
+            else:
+                why = (
+                    "its weight or activation is not quantized in the file"
+                    if self.weights
+                    else "the file is not quantized"
+                )
+                left.append({"name": node.name, "operator": node.operator, "reason": why})
+        return {"quantized": quantized, "left_float": left}
+
+
+def _as_int8(array: Any, weight: bool) -> Any:
+    """uint8 weights as int8, shifted by 128 as their zero points are."""
+    if weight and array.dtype == np.uint8:
+        return (array.astype(np.int16) - 128).astype(np.int8)
+    return np.ascontiguousarray(array)
+
+
+def quantized_at_run_time(value: Tensor) -> Tensor:
+    """int8 with a scale of its own for every row, and back: what XNNPACK's dynamic kernels recognise."""
+    scale, zero = _decomposed.choose_qparams_per_token_asymmetric(value, torch.int8)
+    stored = _decomposed.quantize_per_token(value, scale, zero, _LOW, _HIGH, torch.int8)
+    return _decomposed.dequantize_per_token(stored, scale, zero, _LOW, _HIGH, torch.int8, torch.float32)
+
+
+Operator = Callable[[OnnxModule, Node, list[Any]], Any]
+OperatorTable = Mapping[str, Operator]
