@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from compressor.errors import StageError, sdk_errors
 from compressor.ledger import StageOutput, code_digest
 from compressor.profile import QuantizationRules
-from compressor.recipe import QuantizeStage
+from compressor.recipe import Correction, QuantizeStage
 from compressor.stages.run import MODEL_FILE, Run, version
 from compressor.types import Array, Artifact, Format, Inputs, file_digest
 
@@ -59,11 +60,20 @@ def mixed_candidate(
     if plain < floor - 1e-9:
         lost = f"{100 * (scorer.baseline - plain):.2f} points on validation, {100 * drop:.2f} are allowed"
         return None, f"the fp32 student itself loses {lost}: no precision can mend that"
-    variant = max(bases, key=lambda pair: scores[pair[0].name])[0]
+    base = max(bases, key=lambda pair: scores[pair[0].name])
     try:
-        return _stored(run, student, variant, stage, rules, scorer, floor), ""
+        return _stored(run, student, _settled(*base), stage, rules, scorer, floor), ""
     except StageError as error:
         return None, str(error)
+
+
+def _settled(variant: Variant, made: Artifact) -> Variant:
+    """The variant with what `auto` chose for its file, so that it is not chosen again for every trial."""
+    if variant.kind != "static":
+        return variant
+    corrections = tuple(name for name in get_args(Correction) if name in made.scheme["corrections"].split(", "))
+    method: Any = made.scheme["calibration"]
+    return replace(variant, calibration=method, corrections=corrections)
 
 
 def _stored(
