@@ -69,4 +69,5 @@ class StaticSession:
         for axis, dimension in self._free.get(name, {}).items():
             if dimension in lengths:
                 index[axis] = slice(lengths[dimension])
-        return array[tuple(index)]
+        cut: Array = array[tuple(index)]
+        return cut

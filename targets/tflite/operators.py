@@ -47,7 +47,7 @@ def _fixed_output(operator: str, options: str = "") -> Emit:
         output, source = node.outputs[0], node.input(0)
         params = state.int8_result(node, output)
         last = state.is_last(source) and operator != "SOFTMAX"
-        chosen = getattr(state.schema, options)() if options else None
+        chosen: Any = getattr(state.schema, options)() if options else None
         if operator == "SOFTMAX":
             _last_axis(state, node)
             chosen.beta = 1.0
