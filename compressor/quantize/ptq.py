@@ -65,7 +65,7 @@ def quantize(
         out.unlink(missing_ok=True)
         raise
     layers = layer_facts(model, made.result, made.skip, variant.operators, f"int{variant.bits}")
-    facts = (*layers, *made.facts)
+    facts = (*made.facts, *layers)  # what became of a layer stands last
     if rules.saturates:
         facts += saturation_facts(made.result, calibration)
     artifact = _artifact(source, variant, rules, out, facts, agreement)

