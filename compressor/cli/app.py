@@ -34,7 +34,7 @@ MaxDrop = Annotated[
     str | None, typer.Option("--max-drop", help="Accepted loss of accuracy against the teacher, e.g. 1%.")
 ]
 Task = Annotated[
-    str | None, typer.Option("--task", help="image-classification, text-classification, sentence-embedding.")
+    str | None, typer.Option("--task", help="What the model is for, where its files do not say; see docs/tasks.md.")
 ]
 RecipeFile = Annotated[Path | None, typer.Argument(help="Recipe file (TOML). Left out: --model, --data, --profile.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that a hub model brings.")]

@@ -474,8 +474,8 @@ def is_plain(spec: dict[str, Any]) -> bool:
 Encode: TypeAlias = "Callable[[str, int, str | None], tuple[list[int], list[int]]]"
 
 
-def load_tokenizer(path: Path) -> Encode:
-    """A function from text, length limit and perhaps a second text to ids and type ids."""
+def load_tokenizer(path: Path, by_word: bool = False) -> Encode:
+    """A function from text, length limit and perhaps a second text to ids and type ids; ``by_word``: split at blanks."""
     text = path.read_text(encoding="utf-8")
     spec = json.loads(text)
     if is_plain(spec):
@@ -499,7 +499,7 @@ def load_tokenizer(path: Path) -> Encode:
 
     def encode_with_library(sentence: str, longest: int, second: str | None) -> tuple[list[int], list[int]]:
         library.enable_truncation(longest)
-        found = library.encode(sentence, second)
+        found = library.encode(sentence.split() if by_word else sentence, second, is_pretokenized=by_word)
         return found.ids, found.type_ids
 
     return encode_with_library
@@ -577,7 +577,7 @@ class Package:
         """Token and type ids of a text or a pair."""
         rules = self.manifest["preprocess"]
         if self._tokenize is None:
-            self._tokenize = load_tokenizer(self.folder / rules["tokenizer_file"])
+            self._tokenize = load_tokenizer(self.folder / rules["tokenizer_file"], self.by_word)
         return self._tokenize(text, rules["max_length"], second)
 
     def tokens(self, text: str, second: str | None = None) -> dict[str, Array]:
