@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from compressor.data.types import DataBundle
+from compressor.distil.panel import Panel
 from compressor.ledger import Event, Ledger, ignore_event
 from compressor.models.types import LoadedModel
 from compressor.profile import HardwareProfile
@@ -45,8 +46,9 @@ class Pipeline:
         *,
         round_to: int,
         on_event: Event = ignore_event,
+        panel: Panel | None = None,
     ) -> None:
-        self.run = Run(recipe, model, data, ledger, round_to, on_event)
+        self.run = Run(recipe, model, data, ledger, round_to, on_event, panel)
         self._teacher: Artifact | None = None
 
     def build(self) -> Built:

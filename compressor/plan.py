@@ -49,6 +49,7 @@ class Plan:
     data: Mapping[str, int]
     channel_multiple: int
     warnings: tuple[str, ...] = field(default=())
+    banks: tuple[str, ...] = ()  # per distil stage: are the teachers cached, and with how many bytes at most
 
 
 def channel_multiple(profiles: Sequence[HardwareProfile]) -> int:

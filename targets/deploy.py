@@ -17,11 +17,12 @@ from compressor.evaluate import (
     further,
     is_distribution,
     loyalty,
+    regression_loyalty,
     score,
     unit_of,
 )
 from compressor.profile import HardwareProfile
-from compressor.types import Array, Artifact, Figure, Measurement, Origin, Unavailable
+from compressor.types import EMBEDDING, Array, Artifact, Figure, Measurement, Origin, Unavailable
 from targets.base import Missing, Ready, TargetBackend
 from targets.clock import Clock
 from targets.gate import decide
@@ -240,11 +241,12 @@ def _test_row(run: Deployment, row: Row, test: EvalSet, found: dict[str, Array],
     loyal = None
     if run.data.task in CLASSIFICATION and teacher is not None and teacher.ndim == outputs.ndim == 2:
         loyal = Loyalty(*loyalty(teacher, outputs)) if teacher.shape == outputs.shape and teacher.shape[1] > 1 else None
+    near = regression_loyalty(teacher, outputs) if run.data.task in EMBEDDING and teacher is not None else None
     plain = next((trial.artifact for trial in run.trials if _is_plain(trial.artifact, row)), None)
     equal = None
     if plain is not None and plain.name in found and _has_classes(run, found[plain.name]):
         equal = agreement(found[plain.name], outputs)
-    return replace(row, test=figure, loyalty=loyal, agreement=equal)
+    return replace(row, test=figure, loyalty=loyal, regression_loyalty=near, agreement=equal)
 
 
 def _is_plain(artifact: Artifact, row: Row) -> bool:

@@ -60,6 +60,7 @@ class Row:
     file_bytes: Figure
     peak_memory: Figure  # MiB, of a process that loads and runs only this model
     loyalty: Loyalty | None = None  # to the teacher, on the test set
+    regression_loyalty: float | None = None  # of embeddings: nearness of pairwise similarities to the teacher's, 0..1
     agreement: float | None = None  # argmax equal to the same role's fp32 file, on the test set
     compiled: Compiled | None = None
     coverage: Coverage | None = None
@@ -112,6 +113,15 @@ class DataFacts:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """What one integrity check says: ``clear``, a ``note`` to keep in mind, or an ``alarm``."""
+
+    check: str
+    state: str
+    text: str
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """Everything a report shows. ``recipe`` is the validated recipe as plain data."""
 
@@ -132,3 +142,5 @@ class RunSummary:
     outcomes: tuple[ProfileOutcome, ...]
     rejected: Mapping[str, str] = field(default_factory=dict)  # variant never built -> why
     warnings: tuple[str, ...] = ()
+    integrity: tuple[Finding, ...] = ()
+    teachers: tuple[Mapping[str, str], ...] = ()  # further teachers, and views of their own

@@ -37,6 +37,10 @@ Task = Annotated[
     str | None, typer.Option("--task", help="What the model is for, where its files do not say; see docs/tasks.md.")
 ]
 RecipeFile = Annotated[Path | None, typer.Argument(help="Recipe file (TOML). Left out: --model, --data, --profile.")]
+Teachers = Annotated[
+    list[str] | None,
+    typer.Option("--teacher", help="A further teacher, NAME=pkg.mod:factory (your own code); may be repeated."),
+]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that a hub model brings.")]
 
 
@@ -51,13 +55,16 @@ def run(
     out: Out = Path("build"),
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure again even if nothing changed.")] = False,
     trust_remote_code: RemoteCode = False,
+    teacher: Teachers = None,
     json: Json = False,
 ) -> None:
     """Compress a model for devices: distil, prune, quantize, export, compile, measure, report, package."""
     from compressor.cli.run import run_command
     from compressor.cli.session import Request
 
-    request = Request(recipe, model, data, tuple(profile or ()), max_drop, task, out, trust_remote_code)
+    request = Request(
+        recipe, model, data, tuple(profile or ()), max_drop, task, out, trust_remote_code, tuple(teacher or ())
+    )
     raise typer.Exit(run_command(request, remeasure=remeasure, as_json=json))
 
 
@@ -71,13 +78,16 @@ def plan(
     task: Task = None,
     out: Out = Path("build"),
     trust_remote_code: RemoteCode = False,
+    teacher: Teachers = None,
     json: Json = False,
 ) -> None:
     """Say what `run` would do for each profile, and every problem, without computing anything."""
     from compressor.cli.plan import plan_command
     from compressor.cli.session import Request
 
-    request = Request(recipe, model, data, tuple(profile or ()), max_drop, task, out, trust_remote_code)
+    request = Request(
+        recipe, model, data, tuple(profile or ()), max_drop, task, out, trust_remote_code, tuple(teacher or ())
+    )
     raise typer.Exit(plan_command(request, as_json=json))
 
 

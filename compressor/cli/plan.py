@@ -22,6 +22,7 @@ def plan_command(request: Request, *, as_json: bool) -> int:
                 "steps": list(plan.steps),
                 "profiles": [vars(item) for item in plan.per_profile],
                 "channel_multiple": plan.channel_multiple,
+                "banks": list(plan.banks),
                 "accept": plan.recipe.accept.model_dump(mode="json"),
                 "warnings": list(plan.warnings),
                 "exit_code": code,
@@ -35,6 +36,8 @@ def plan_command(request: Request, *, as_json: bool) -> int:
     print("\nstages")
     for number, step in enumerate(plan.steps, 1):
         print(f"  {number}. {step}")
+    for line in plan.banks:
+        print(f"  {line}")
     if plan.channel_multiple > 1:
         print(f"  pruned channel counts are multiples of {plan.channel_multiple} (widest wish of the profiles)")
     print()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from compressor.cli.integrity import findings
 from compressor.cli.output import Progress, stdout_json
 from compressor.cli.session import Request, Session, open_session
 from compressor.cli.summary import show
@@ -58,6 +59,7 @@ def run_digest(session: Session) -> str:
             "profiles": [profile.model_dump(mode="json") for profile in session.profiles],
             "model": session.model.provenance.digest,
             "data": dict(session.data.digests),
+            **({"panel": session.panel.facts()} if session.panel is not None else {}),
         }
     )
 
@@ -72,7 +74,13 @@ def execute(session: Session, ledger: Ledger, progress: Event, *, remeasure: boo
         log("run-start", {"digest": digest})
         write_recipe(session, folder)
         pipeline = Pipeline(
-            session.recipe, session.model, session.data, ledger, round_to=session.plan.channel_multiple, on_event=log
+            session.recipe,
+            session.model,
+            session.data,
+            ledger,
+            round_to=session.plan.channel_multiple,
+            on_event=log,
+            panel=session.panel,
         )
         built = pipeline.build()
         outcomes, rejected = _deploy_all(session, pipeline, built, ledger, folder, log, remeasure=remeasure)
@@ -294,6 +302,8 @@ def summarise(
         outcomes=outcomes,
         rejected=dict(rejected),
         warnings=session.plan.warnings,
+        integrity=findings(session, outcomes, ledger.results),
+        teachers=tuple(item.facts() for item in session.panel.teachers) if session.panel is not None else (),
     )
 
 

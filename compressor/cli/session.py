@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from compressor.cli.teachers import bank_lines, offered, open_panel, reading_problems
 from compressor.config import validate
 from compressor.data.types import DataBundle
+from compressor.distil.panel import Panel
 from compressor.errors import ConfigError, PlanError, Problem, ProblemList
 from compressor.models.types import LoadedModel
 from compressor.plan import Plan, TargetView, channel_multiple, profile_plan, recipe_problems, steps_of, task_problems
@@ -38,6 +40,7 @@ class Request:
     task: str | None
     out: Path
     trust_remote_code: bool = False
+    teachers: tuple[str, ...] = ()  # NAME=pkg.mod:factory
 
     @property
     def factory(self) -> str | None:
@@ -58,6 +61,7 @@ class Session:
     model: LoadedModel
     data: DataBundle
     plan: Plan
+    panel: Panel | None = None
 
 
 def recipe_of(request: Request) -> Recipe:
@@ -155,16 +159,19 @@ def open_session(request: Request) -> Session:
     problems = recipe_problems(recipe, model.kind, _objective_names())
     problems += task_problems(recipe, model.task, _positions(model))
     data: DataBundle | None = None
+    panel: Panel | None = None
     try:
         data = load_data(recipe.data, model, seed=recipe.seed, raw=raw)
     except ProblemList as error:
         problems += error.problems
     if data is not None and model.module is not None and not problems:
-        problems += _module_problems(recipe, model, data)
+        panel, data = open_panel(request.teachers, recipe, model, raw, data, remote=request.trust_remote_code)
+        problems += _module_problems(recipe, model, data, panel)
     if problems or data is None:
         raise PlanError("the plan", problems)
-    views = target_views()
-    return Session(request, recipe, profiles, model, data, _plan(recipe, profiles, model, data, views))
+    plan = _plan(recipe, profiles, model, data, target_views())
+    banks = bank_lines(panel, model, recipe, data, request.out / "cache" / "teacher")
+    return Session(request, recipe, profiles, model, data, replace(plan, banks=banks), panel)
 
 
 def _positions(model: LoadedModel) -> int | None:
@@ -203,7 +210,7 @@ def _objective_names() -> Sequence[str]:
     return tuple(names())
 
 
-def _module_problems(recipe: Recipe, model: LoadedModel, data: DataBundle) -> list[Problem]:
+def _module_problems(recipe: Recipe, model: LoadedModel, data: DataBundle, panel: Panel | None = None) -> list[Problem]:
     """Problems that only a look at the module shows: what cannot be cut, matches that name no signal."""
     import numpy as np
     import torch
@@ -216,13 +223,15 @@ def _module_problems(recipe: Recipe, model: LoadedModel, data: DataBundle) -> li
     problems: list[Problem] = []
     assert model.module is not None
     signals = available(model.module)
+    taught = offered(panel, model, recipe.teacher.signals)
     for position, stage in enumerate(recipe.stage):
         where = f"stage.{position}.{stage.kind}"
         if isinstance(stage, PruneStage):
             found = prune.check(model.module, example, stage)
             problems += [Problem(f"{where}.{item.where}".rstrip("."), item.what) for item in found]
         elif isinstance(stage, DistilStage):
-            problems += check(stage, signals, signals, where)
+            wrong = check(stage, signals, taught, where)
+            problems += wrong or reading_problems(panel, model, stage, taught, where)
     return problems
 
 
@@ -294,11 +303,18 @@ def _competing(stage: Any) -> bool:
 
 
 def _warnings(recipe: Recipe, model: LoadedModel, data: DataBundle) -> tuple[str, ...]:
+    from compressor.distil.objectives.registry import describe
+    from compressor.distil.probes.smoothing import smoothing_warnings
+
     found = list(model.provenance.notes) + list(data.notes)
     if model.provenance.licence is None:
         found.append("the teacher's licence is unknown; packages will say so (set `teacher.licence`)")
     if model.task in MULTI_LABEL and any(_competing(stage) for stage in recipe.stage):
         found.append("`kd` makes the labels of a sample compete; the objective `multi-label` does not")
+    found += smoothing_warnings(recipe, lambda use: {name: value for name, _, value in describe(use).options})
+    found += [
+        f"{item.count} samples of {item.part} are nearly samples of {item.against}" for item in data.near if item.count
+    ]
     if data.duplicates_dropped:
         found.append(f"{data.duplicates_dropped} train samples that also stand in test were dropped")
     if recipe.null_twin and not any(isinstance(stage, DistilStage) for stage in recipe.stage):

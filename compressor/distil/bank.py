@@ -3,7 +3,7 @@
 One folder per (teacher, samples, augmentation, view): ``key.json`` with that key, and per signal a memory-mapped
 ``<signal>.npy`` with a ``<signal>.done.npy`` that marks the chunks already computed, so that filling can be
 interrupted. Logits of up to 1024 classes are float32, everything else float16: relative error at most 2^-11, about 0.05
-%.
+%. Of a large vocabulary the k largest logits may be kept instead (``compressor.distil.top``).
 """
 
 from __future__ import annotations
@@ -40,11 +40,13 @@ class BankKey:
     augment: tuple[str, ...]
     seed: int  # of the augmentation; 0 without one
     view: int
+    tokenizer: str = ""  # digest of the teacher's own, where it sees other tokens than its student
 
     def text(self) -> str:
         """Canonical JSON."""
-        fields = {"format": 1, "teacher": self.teacher, "samples": self.samples, "augment": list(self.augment)}
-        return json.dumps(fields | {"seed": self.seed, "view": self.view}, sort_keys=True)
+        fields = {"format": 2, "teacher": self.teacher, "samples": self.samples, "augment": list(self.augment)}
+        fields |= {"seed": self.seed, "view": self.view, "tokenizer": self.tokenizer}
+        return json.dumps(fields, sort_keys=True)
 
     def folder(self, root: Path) -> Path:
         """Where this key lives below ``root``."""
@@ -65,8 +67,9 @@ class Layout:
         """The layout of a signal, from its values for one batch."""
         rows = samples_first(name, signal)
         ragged = mask is not None and rows.dim() >= 3 and rows.shape[1] == mask.shape[1]
-        exact = name == "logits" and rows.shape[-1] <= EXACT_CLASSES
-        return cls(name, "<f4" if exact else "<f2", tuple(rows.shape[2 if ragged else 1 :]), ragged)
+        exact = (name == "logits" and rows.shape[-1] <= EXACT_CLASSES) or name.startswith("logits.rest")
+        kind = "<i4" if name == "logits.index" else "<f4" if exact else "<f2"
+        return cls(name, kind, tuple(rows.shape[2 if ragged else 1 :]), ragged)
 
     def bytes(self, samples: int, tokens: int) -> int:
         """Size of the file for so many samples with so many real tokens in all."""
@@ -194,7 +197,8 @@ class Bank:
         return values
 
     def _write(self, name: str, file: Any, positions: Array, signal: Tensor, mask: Tensor | None) -> None:
-        rows = samples_first(name, signal).float().numpy()
+        made = samples_first(name, signal)
+        rows = (made.float() if made.is_floating_point() else made).numpy()
         with np.errstate(over="ignore"):  # looked at in the next line
             stored = rows.astype(self._layouts[name].dtype)
         if not np.isfinite(stored).all():

@@ -33,7 +33,16 @@ class TeacherSource(Protocol):
         """Be ready for an epoch that uses this view."""
         ...
 
-    def signals(self, positions: Array, inputs: Mapping[str, Tensor], view: int) -> Mapping[str, Tensor]: ...
+    def signals(
+        self,
+        positions: Array,
+        inputs: Mapping[str, Tensor],
+        view: int,
+        student: Mapping[str, Tensor] | None = None,
+        epoch: int = 0,
+    ) -> Mapping[str, Tensor]:
+        """Signals of these samples; ``student``'s own and the epoch only matter where teachers are dropped."""
+        ...
 
 
 class NoTeacher:
@@ -44,26 +53,40 @@ class NoTeacher:
     def prepare(self, view: int) -> None:
         """Nothing to do."""
 
-    def signals(self, positions: Array, inputs: Mapping[str, Tensor], view: int) -> Mapping[str, Tensor]:
+    def signals(
+        self,
+        positions: Array,
+        inputs: Mapping[str, Tensor],
+        view: int,
+        student: Mapping[str, Tensor] | None = None,
+        epoch: int = 0,
+    ) -> Mapping[str, Tensor]:
         return {}
 
 
 class OnlineTeacher:
-    """Runs the teacher on every batch, under the numerics of the student."""
+    """Runs the teacher on every batch, under the numerics of the student; ``load`` gives it inputs of its own."""
 
-    def __init__(self, tap: Tap, autocast: Callable[[], Any]) -> None:
+    def __init__(self, tap: Tap, autocast: Callable[[], Any], load: View | None = None) -> None:
         self.forwards = 0
-        self._tap = tap
+        self._tap, self._load = tap, load
         self._autocast = autocast
 
     def prepare(self, view: int) -> None:
         """Nothing to do."""
 
-    def signals(self, positions: Array, inputs: Mapping[str, Tensor], view: int) -> Mapping[str, Tensor]:
+    def signals(
+        self,
+        positions: Array,
+        inputs: Mapping[str, Tensor],
+        view: int,
+        student: Mapping[str, Tensor] | None = None,
+        epoch: int = 0,
+    ) -> Mapping[str, Tensor]:
         with torch.no_grad():
             self.forwards += len(positions)
             with self._autocast():
-                return self._tap(inputs)
+                return self._tap(inputs if self._load is None else self._load(positions, view))
 
 
 class CachedTeacher:
@@ -124,7 +147,14 @@ class CachedTeacher:
                     hint=f"Delete `{bank.folder}`; the teacher's digest did not change although its outputs did.",
                 )
 
-    def signals(self, positions: Array, inputs: Mapping[str, Tensor], view: int) -> Mapping[str, Tensor]:
+    def signals(
+        self,
+        positions: Array,
+        inputs: Mapping[str, Tensor],
+        view: int,
+        student: Mapping[str, Tensor] | None = None,
+        epoch: int = 0,
+    ) -> Mapping[str, Tensor]:
         device = next(iter(inputs.values())).device
         found = self._banks[view].read(positions, inputs.get("attention_mask"))
         return found if device.type == "cpu" else {name: tensor.to(device) for name, tensor in found.items()}

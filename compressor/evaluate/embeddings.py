@@ -109,3 +109,17 @@ def _gains(scores: Array, relevant: Array, at: int) -> Array:
 def _unit(embeddings: Array) -> Array:
     length = np.linalg.norm(embeddings, axis=1, keepdims=True)
     return np.divide(embeddings, length, out=np.zeros_like(embeddings), where=length > 0)
+
+
+def regression_loyalty(reference: Array, outputs: Array, cap: int = PAIR_CAP) -> float:
+    """How near the student's scalar answers are to the teacher's, 0..1; the answers are cosine similarities of pairs.
+
+    1 - mean |y_S - y_T| / (max y_T - min y_T), cut to 0..1. This is our definition: the paper that named the measure
+    (methods M1) gives no formula. ``reference`` and ``outputs`` are (N, D), widths may differ.
+    """
+    first, second = _pairs(len(outputs), cap)
+    theirs, mine = (_cosines(np.asarray(array, dtype=np.float64), first, second) for array in (reference, outputs))
+    span, gap = float(theirs.max() - theirs.min()), float(np.mean(np.abs(mine - theirs)))
+    if span <= 0:
+        return float(gap == 0)
+    return float(np.clip(1 - gap / span, 0, 1))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compressor.data.types import DataBundle
+from compressor.distil.panel import Panel
 from compressor.errors import StageError
 from compressor.ledger import Event, Ledger, ignore_event
 from compressor.models.types import LoadedModel
@@ -49,6 +50,7 @@ class Run:
     ledger: Ledger
     round_to: int  # channel multiple: the widest wish of the profiles
     on_event: Event = ignore_event
+    panel: Panel | None = None  # several teachers, or one that sees something else than its student
 
     @cached_property
     def teacher(self) -> nn.Module:
@@ -120,13 +122,18 @@ class Run:
                 found += [replace(found[0], name=f"exit_{number}") for number in range(len(part.heads))]
         return tuple(found)
 
-    def validation_score(self, module: nn.Module) -> float:
-        """The task metric of a torch module on validation (never on test); a perplexity as minus its logarithm."""
+    def validation_score(self, module: nn.Module, watch: Callable[[Any], None] | None = None) -> float:
+        """The task metric of a torch module on validation (never on test); a perplexity as minus its logarithm.
+
+        ``watch`` is shown the outputs.
+        """
         from compressor.evaluate import SplitEvalSet, predict, quality, score, unit_of
 
         task = self.model.task
         split = SplitEvalSet(self.data.splits["validation"])
         outputs = predict(self.runner(module), split, 256 if task != "causal-lm" else 8, task=task)
+        if watch is not None:
+            watch(outputs)
         reference = self.teacher_validation if task == "sentence-embedding" else None
         return quality(score(task, outputs, split.labels, reference, self.data.labels), unit_of(task))
 

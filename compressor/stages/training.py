@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from compressor.ledger import StageOutput, code_digest
+from compressor.distil.probes.hacking import HackingMonitor
+from compressor.ledger import Event, StageOutput, code_digest
 from compressor.recipe import DistilStage
 from compressor.stages.run import RECORD_FILE, Line, Run
 from compressor.stages.sequences import with_sequences
@@ -26,6 +30,7 @@ def distil(run: Run, line: Line, stage: DistilStage, *, labels_only: bool) -> Li
         "labels_only": labels_only,
         "teacher": None if labels_only else run.model.provenance.digest,
         "signals": run.recipe.teacher.signals,
+        **({"panel": run.panel.facts()} if run.panel is not None and not labels_only else {}),
         "data": {name: run.data.digests[name] for name in sorted(run.data.digests) if name not in {"test", "fresh"}},
         "seed": run.recipe.seed,
         "code": code_digest("distil", "models/signals", "models/heads"),
@@ -50,6 +55,7 @@ def _train(run: Run, line: Line, stage: DistilStage, folder: Path, *, labels_onl
     data = run.data if stage.sequences is None or labels_only else with_sequences(run, stage.sequences)
     if stage.lora is not None:
         lora.adapt(student, stage.lora, run.recipe.seed)
+    monitor = None if labels_only else _monitor(run, folder)
     result = loop.distil(
         student,
         run.teacher,
@@ -61,8 +67,9 @@ def _train(run: Run, line: Line, stage: DistilStage, folder: Path, *, labels_onl
         labels_only=labels_only,
         teacher_digest=run.model.provenance.digest,
         signals=run.recipe.teacher.signals,
-        score=run.validation_score,
-        on_event=run.on_event,
+        score=run.validation_score if monitor is None else partial(run.validation_score, watch=monitor.observe),
+        on_event=run.on_event if monitor is None else _both(monitor.on_event, run.on_event),
+        panel=run.panel,
     )
     if stage.lora is not None:
         lora.merge(student)
@@ -79,4 +86,25 @@ def _train(run: Run, line: Line, stage: DistilStage, folder: Path, *, labels_onl
         metrics["validation"] = round(best.score, 6)
     history = [{**vars(epoch), "terms": dict(epoch.terms)} for epoch in result.history]
     (folder / "history.json").write_text(json.dumps(history, indent=1))
+    if monitor is not None:
+        (folder / "divergences.json").write_text(monitor.text())
     return StageOutput(metrics, result.facts)
+
+
+def _monitor(run: Run, folder: Path) -> HackingMonitor | None:
+    """Watches divergence from the teacher and from the labels on validation, for classifiers with labels."""
+    labels = run.data.splits["validation"].labels
+    if run.model.task not in {"image-classification", "text-classification"} or labels is None:
+        return None
+    (folder / "scratch").mkdir(parents=True, exist_ok=True)
+    return HackingMonitor(folder / "scratch" / "divergences.json", run.teacher_validation, labels)
+
+
+def _both(first: Event, second: Event) -> Event:
+    """An event told to two listeners."""
+
+    def tell(kind: str, fields: Mapping[str, Any]) -> None:
+        first(kind, fields)
+        second(kind, fields)
+
+    return tell

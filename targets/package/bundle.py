@@ -118,6 +118,7 @@ def _fill(
         figures=figures_of(row),
         self_check=SelfCheck(samples=len(info.samples), tolerance=tolerance, why=why),
         teacher=dict(summary.teacher),
+        teachers=tuple(dict(item) for item in summary.teachers),
         versions={**summary.versions, **outcome.versions},
         files={},
     )

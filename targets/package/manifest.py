@@ -117,6 +117,7 @@ class Manifest(Frozen):
     figures: dict[str, Measured | Absent]
     self_check: SelfCheck
     teacher: dict[str, str]  # source, digest, licence, revision
+    teachers: tuple[dict[str, str], ...] = ()  # all of a panel, with weight and view
     versions: dict[str, str]
     files: dict[str, FileEntry]  # all but manifest.json and SHA256SUMS
 

@@ -149,6 +149,8 @@ def _said(text: str, notes: Footnotes) -> Cell:
 def _loyalty(row: Row) -> str:
     """Agreement with the teacher and with the fp32 file, where they were measured."""
     parts = []
+    if row.regression_loyalty is not None:
+        parts.append(f"regression loyalty {100 * row.regression_loyalty:.2f} %")
     if row.loyalty is not None:
         parts.append(f"label loyalty {100 * row.loyalty.label:.2f} %")
         parts.append(f"probability loyalty {100 * row.loyalty.probability:.2f} %")

