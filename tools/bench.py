@@ -178,6 +178,18 @@ def repeatability(work: Path) -> None:
     (EVIDENCE / "repeatability.md").write_text(page)
 
 
+def quantizers(work: Path) -> None:
+    """Ours beside the defaults of ONNX Runtime and NNCF, on the student of each recipe that has been run."""
+    for section, factory in (("fashion-mnist", "examples.fashion_mnist.model:teacher"), ("movie-reviews", "")):
+        report = json.loads((EVIDENCE / section / "report.json").read_text())
+        run = work / "runs" / "runs" / report["digest"][:16]
+        student = (run / report["artifacts"]["student/fp32"]["path"]).resolve()
+        words = [sys.executable, "-m", "tools.bench_quantize", str(student), str(work / f"{section}.npz")]
+        words += ["--dump", f"recipes/{section}.toml", *(["--factory", factory] if factory else [])]
+        page = f"# Quantizers side by side: {section}\n\nOne process, the same fp32 file and calibration data:\n\n"
+        (EVIDENCE / f"quantizers-{section}.md").write_text(page + command(words))
+
+
 def profiles_cost(work: Path) -> None:
     """Four profiles that share one student against one profile, and a second identical run; from empty stores."""
     words = ["recipes/digits.toml", "--model", "examples.digits.model:teacher", "--data", "examples.digits:load"]
@@ -208,6 +220,7 @@ SECTIONS: dict[str, Callable[[Path], None]] = {
     "distil-speed": distil_speed,
     "repeatability": repeatability,
     "profiles-cost": profiles_cost,
+    "quantizers": quantizers,
 }
 
 
