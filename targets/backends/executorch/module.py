@@ -2,7 +2,7 @@
 
 QDQ pairs become ``quantized_decomposed`` operations, exactly as PT2E quantization writes them; uint8 activations
 become int8 by a shift of 128, which changes no value. A product with an int8 weight and a float activation gets a
-quantization of its activation at run time (per row, int8, asymmetric), which is XNNPACK's dynamic kernel.
+quantization of its activation at run time (per tensor, int8, asymmetric), which becomes XNNPACK's dynamic kernel.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from targets.static_graph import DEQUANTIZE, QUANTIZE, Graph, Node
 
 _decomposed = torch.ops.quantized_decomposed
 _LOW, _HIGH = -128, 127
+_SMALLEST_SCALE = float(np.finfo(np.float32).eps)  # PT2E's own for dynamic quantization
 PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
 
 
-class OnnxModule(torch.nn.Module):
+class OnnxModule(torch.nn.Module):  # type: ignore[misc]
     """Executes the graph node by node; tracing turns that into a flat torch graph."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, at_run_time: bool = True) -> None:
+        """``at_run_time``: quantize activations of products with int8 weights where the file does not; else float."""
         super().__init__()
         from targets.backends.executorch.operators import OPERATORS
 
@@ -44,19 +46,14 @@ class OnnxModule(torch.nn.Module):
                     f"node `{node.name}`: {node.operator} has no form in the ExecuTorch export",
                     hint="Export the model without it, or use another target.",
                 )
+        self._makers, self._readers, self._at_run_time = graph.makers(), graph.consumers(), at_run_time
+        self._kernels = {node.name: self._kernel(node) for node in graph.nodes if node.operator in PRODUCTS}
         for node in graph.nodes:
             self._keep_weight(node)
             if node.operator in (QUANTIZE, DEQUANTIZE):
                 self._keep_parameters(node)
         for name in {name for node in graph.nodes for name in node.inputs} & set(graph.constants):
             self._keep(name, _as_int8(graph.constants[name], name in {node.input(0) for node in self.weights.values()}))
-        self._makers = graph.makers()
-        self._dynamic = {node.name for node in graph.nodes if self._is_dynamic(node)}
-
-    @property
-    def dynamic(self) -> bool:
-        """Does any product quantize its activation at run time?"""
-        return bool(self._dynamic)
 
     def _keep(self, name: str, array: Any) -> None:
         """A buffer for a stored tensor; its reader reads it directly, because the partitioner wants constants."""
@@ -69,7 +66,17 @@ class OnnxModule(torch.nn.Module):
         name = node.input(1)
         source = self.weights[name].input(0) if name in self.weights else name
         array = self.graph.constants.get(source)
-        if node.operator not in ("Gemm", "MatMul") or array is None or array.ndim != 2:
+        if node.operator not in PRODUCTS or array is None:
+            return
+        if self._kernels[node.name] == "float" and name in self.weights:
+            scale, zero, count = self._scales_of(self.weights[name])
+            shape = [1] * array.ndim
+            shape[int(self.weights[name].attributes.get("axis", 1)) % array.ndim if count > 1 else 0] = count
+            array = (_as_int8(array, True) - zero.reshape(shape)) * scale.reshape(shape)
+            array = array.astype(np.float32)
+        if node.operator == "Conv" or array.ndim != 2:
+            if array.dtype == np.float32 and name in self.weights:
+                self._keep(f"{node.name}/float", array)
             return
         turned = not (node.operator == "Gemm" and node.attributes.get("transB", 0))
         self._keep(f"{node.name}/linear", _as_int8(array.T if turned else array, name in self.weights))
@@ -78,7 +85,7 @@ class OnnxModule(torch.nn.Module):
     def linear_weight(self, node: Node) -> Tensor:
         """What :meth:`_keep_weight` stored, dequantized where it is int8."""
         stored: Tensor = getattr(self, self._buffer_names[f"{node.name}/linear"])
-        if node.input(1) not in self.weights:
+        if node.input(1) not in self.weights or self._kernels[node.name] == "float":
             return stored
         return self._dequantize(self.weights[node.input(1)], stored, axis=0)
 
@@ -89,16 +96,18 @@ class OnnxModule(torch.nn.Module):
     def shape(self, name: str) -> tuple[int, ...]:
         return self.graph.shape(name)
 
-    def _is_dynamic(self, node: Node) -> bool:
-        """An int8 weight meets a float activation in a matrix product."""
-        if node.operator not in ("Gemm", "MatMul") or node.input(1) not in self.weights:
-            return False
+    def _kernel(self, node: Node) -> str:
+        """``int8``: the file quantizes operands and result; ``dynamic``: the activation at run time; ``float``."""
+        if node.input(1) not in self.weights:
+            return "float"
         maker = self._makers.get(node.input(0))
-        return maker is None or maker.operator != DEQUANTIZE or not self._output_is_quantized(node)
-
-    def _output_is_quantized(self, node: Node) -> bool:
-        readers = self.graph.consumers().get(node.outputs[0], [])
-        return bool(readers) and all(reader.operator in (QUANTIZE, "Relu", "Clip") for reader in readers)
+        readers = self._readers.get(node.outputs[0], [])
+        while len(readers) == 1 and readers[0].operator in ("Relu", "Clip"):
+            readers = self._readers.get(readers[0].outputs[0], [])
+        after = bool(readers) and all(reader.operator == QUANTIZE for reader in readers)
+        if maker is not None and maker.operator == DEQUANTIZE and after:
+            return "int8"
+        return "dynamic" if self._at_run_time and node.operator != "Conv" else "float"
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         values: dict[str, Tensor] = dict(zip(self.graph.inputs, inputs, strict=True))
@@ -114,9 +123,11 @@ class OnnxModule(torch.nn.Module):
 
     def _run(self, node: Node, values: dict[str, Tensor]) -> None:
         operands = [values[name] if name else None for name in node.inputs]
-        if node.name in self._dynamic:
+        if self._kernels.get(node.name) == "dynamic":
             assert operands[0] is not None
             operands[0] = quantized_at_run_time(operands[0])
+        if f"{node.name}/float" in self._buffer_names:
+            operands[1] = getattr(self, self._buffer_names[f"{node.name}/float"])
         made = self._operators[node.operator](self, node, operands)
         for name, value in zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=False):
             values[name] = value
@@ -164,9 +175,7 @@ class OnnxModule(torch.nn.Module):
         for node in self.graph.nodes:
             if node.operator not in PRODUCTS:
                 continue
-            maker = self._makers.get(node.input(0))
-            activation = node.name in self._dynamic or (maker is not None and maker.operator == DEQUANTIZE)
-            if node.input(1) in self.weights and activation:
+            if self._kernels[node.name] != "float":
                 quantized += 1
             else:
                 why = (
@@ -186,10 +195,10 @@ def _as_int8(array: Any, weight: bool) -> Any:
 
 
 def quantized_at_run_time(value: Tensor) -> Tensor:
-    """int8 with a scale of its own for every row, and back: what XNNPACK's dynamic kernels recognise."""
-    scale, zero = _decomposed.choose_qparams_per_token_asymmetric(value, torch.int8)
-    stored = _decomposed.quantize_per_token(value, scale, zero, _LOW, _HIGH, torch.int8)
-    return _decomposed.dequantize_per_token(stored, scale, zero, _LOW, _HIGH, torch.int8, torch.float32)
+    """int8 with a scale of this very tensor, and back: what XNNPACK's dynamic kernels recognise (PT2E's form)."""
+    scale, zero = _decomposed.choose_qparams.tensor(value, _LOW, _HIGH, _SMALLEST_SCALE, torch.int8)
+    stored = _decomposed.quantize_per_tensor.tensor(value, scale, zero, _LOW, _HIGH, torch.int8)
+    return _decomposed.dequantize_per_tensor.tensor(stored, scale, zero, _LOW, _HIGH, torch.int8)
 
 
 Operator = Callable[[OnnxModule, Node, list[Any]], Any]
