@@ -7,7 +7,15 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from compressor.distil.objectives import registry  # noqa: E402
-from compressor.distil.objectives.base import Batch, Context, Objective, Step  # noqa: E402
+from compressor.distil.objectives.base import (  # noqa: E402
+    Batch,
+    ChangesStudent,
+    Context,
+    Objective,
+    Seen,
+    Step,
+    Surveys,
+)
 from compressor.models.signals import SignalTap, available  # noqa: E402
 from compressor.recipe import Match  # noqa: E402
 from tests.unit.distil.toy import Sentences, Transformer, transformer  # noqa: E402
@@ -21,7 +29,10 @@ ENTROPIES = {"soft-ce", "taid", "tsld", "alm"}
 NO_DISTANCE = {
     *("nkd", "plackett-luce", "sinkhorn", "rank-net", "dpkd", "contrastive"),
     *("self-ensemble", "adaptive-margin", "additive-margin"),
+    *("lelp", "dual-head", "auxiliary-head", "norm-direction", "multi-exit"),  # heads and class means of their own
+    *("homomorphic-projection", "ladder", "task-aware-filters"),  # new projections even between equal widths
 }
+OPTIONS = {"homomorphic-projection": {"size": 4, "keep": False}}
 
 
 class Recorder(dict):
@@ -92,9 +103,13 @@ def scene(name):
 
 
 def bound(name, student, teacher, match=None):
-    objective = registry.get(name)(None, match)
+    loaded = registry.get(name)
+    objective = loaded(loaded.Options.model_validate(OPTIONS.get(name, {})), match)
     assert isinstance(objective, Objective)
     assert objective.bind(available(student), available(teacher)) == []
+    if isinstance(objective, ChangesStudent):
+        assert objective.unfit(student) == []
+        objective.install(student, inputs())
     return objective
 
 
@@ -107,9 +122,16 @@ def signals(name, objective, student, teacher):
     return own, other, scene(name)[1](batch["attention_mask"])
 
 
-def prepared(objective, own, other):
+def prepared(objective, own, other, batch):
+    """Parts made, and the training set (one batch) surveyed."""
+    generator = torch.Generator().manual_seed(0)
+    classes = own["logits"].shape[-1] if "logits" in own else 2
     with torch.no_grad():
-        objective.prepare(Context(own, other, torch.Generator().manual_seed(0), "cpu"))
+        objective.prepare(Context(own, other, generator, "cpu", classes))
+    if isinstance(objective, Surveys):
+        assert objective.needs.training_pass
+        still = {name: signal.detach() for name, signal in own.items()}
+        objective.survey(lambda student: iter([Seen(other, still if student else {}, batch, range(6))]), generator)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NO_DISTANCE])
@@ -117,7 +139,7 @@ def test_zero_when_student_is_teacher(name):
     model = scene(name)[0](2, seed=0)
     objective = bound(name, model, model)
     own, other, batch = signals(name, objective, model, model)
-    prepared(objective, own, other)
+    prepared(objective, own, other, batch)
     if name in ENTROPIES:
         own = {"logits": own["logits"].detach().requires_grad_()}
         objective(own, other, batch, FIRST).sum.backward()
@@ -133,7 +155,7 @@ def test_gradients_flow_into_the_student_and_projectors_only(name):
     student, teacher = made(2, seed=1, width=8), made(4, seed=2)
     objective = bound(name, student, teacher, Match(proj="linear") if name == "squarehead" else None)
     own, other, batch = signals(name, objective, student, teacher)
-    prepared(objective, own, other)
+    prepared(objective, own, other, batch)
     term = objective(own, other, batch, FIRST)
     assert term.sum.dim() == 0
     assert float(term.sum.detach()) > 0
@@ -151,7 +173,7 @@ def differing(name):
     student, teacher = made(2, seed=1), made(4, seed=2)
     objective = bound(name, student, teacher)
     own, other, batch = signals(name, objective, student, teacher)
-    prepared(objective, own, other)
+    prepared(objective, own, other, batch)
     return objective, own, other, batch
 
 
