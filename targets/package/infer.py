@@ -475,7 +475,7 @@ Encode: TypeAlias = "Callable[[str, int, str | None], tuple[list[int], list[int]
 
 
 def load_tokenizer(path: Path, by_word: bool = False) -> Encode:
-    """A function from text, length limit and perhaps a second text to ids and type ids; ``by_word``: split at blanks."""
+    """A function from text, length limit and perhaps a second text to ids and types; ``by_word``: parted at blanks."""
     text = path.read_text(encoding="utf-8")
     spec = json.loads(text)
     if is_plain(spec):
