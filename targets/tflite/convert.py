@@ -11,6 +11,7 @@ become int8 by a shift of 128, which changes no value.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,9 +114,9 @@ class Converter:
         return self.graph.constants.get(name)
 
     def constant(self, array: Array, name: str = "constant") -> Tensor:
-        """A stored tensor; equal small ones are shared."""
-        array = np.ascontiguousarray(array)
-        key = (array.dtype.str, array.shape, array.tobytes()) if array.size <= 4096 else (name, id(array))
+        """A stored tensor; equal ones are shared."""
+        array = np.array(array, order="C")  # np.ascontiguousarray would make a scalar a vector
+        key = (array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).digest())
         if key not in self._constants:
             self._constants[key] = self.builder.constant(name, array)
         return self._constants[key]

@@ -191,7 +191,7 @@ def _as_int8(array: Any, weight: bool) -> Any:
     """uint8 weights as int8, shifted by 128 as their zero points are."""
     if weight and array.dtype == np.uint8:
         return (array.astype(np.int16) - 128).astype(np.int8)
-    return np.ascontiguousarray(array)
+    return np.array(array, order="C")  # np.ascontiguousarray would make a scalar a vector
 
 
 def quantized_at_run_time(value: Tensor) -> Tensor:

@@ -83,10 +83,10 @@ def write_attention(path: Path) -> Path:
         node("LayerNormalization", ["c", "gain", "shift"], ["n"], "norm", axis=-1),
         node("Gelu", ["n"], ["g"], "gelu"),
         node("Slice", ["g", "start", "stop", "axes"], ["f"], "first"),
-        node("Squeeze", ["f", "axes"], ["v"], "squeeze"),
+        node("Gather", ["f", "at"], ["v"], "pick", axis=1),
         node("Gemm", ["v", "head", "headb"], ["logits"], "head_", transB=1),
     ]
-    stored |= {"start": np.array([0]), "stop": np.array([1])}
+    stored |= {"start": np.array([0]), "stop": np.array([1]), "at": np.array(0)}  # a scalar index drops its axis
     tokens = [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "sequence"]) for name in ("ids", "mask")]
     outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])]
     initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in stored.items()]
@@ -231,3 +231,31 @@ def test_what_only_simulates_does_not_race(models, tmp_path):
 def test_a_race_knows_its_runtimes():
     with pytest.raises(ConfigError, match="`fastest` cannot race"):
         options_of(make_profile("auto", runtimes=("fastest",)))
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("which", ["fp32", "static", "attention", "dynamic"])
+def test_the_torch_form_for_executorch_answers_like_onnx(which, models, tmp_path):
+    """The module that is lowered, before lowering: the same graph, quantized operations included."""
+    torch = pytest.importorskip("torch")
+    from onnxruntime.quantization import quantize_dynamic
+
+    from targets.backends.executorch.module import OnnxModule
+
+    if which in ("fp32", "static"):
+        path, inputs, specs = models[which], {"image": images(2)}, IMAGE
+    else:
+        path, inputs = write_attention(tmp_path / "a.onnx"), tokens(2, 9)
+        specs = text(path).inputs
+    expected = reference(path, inputs)
+    if which == "dynamic":
+        path = tmp_path / "dynamic.onnx"
+        options = {"MatMulConstBOnly": True}
+        quantize_dynamic(tmp_path / "a.onnx", path, op_types_to_quantize=["MatMul"], extra_options=options)
+    module = OnnxModule(read_static(path, fixed_shapes(specs, 2, 9))).eval()
+    with torch.no_grad():
+        found = module(*(torch.from_numpy(inputs[spec.name]) for spec in specs))[0].numpy()
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(
+        found, expected, atol=(1e-4 if which in ("fp32", "attention") else 0.05) * abs(expected).max()
+    )
