@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from compressor.distil.terms import Weighted
+    from compressor.recipe import DistilStage
 
 
 @dataclass
@@ -74,3 +75,21 @@ def problems_of(weighted: Sequence[Weighted], student: nn.Module, where: str) ->
         owners[objective.place] = item.name
         problems += [Problem(place, text) for text in objective.unfit(student)]
     return problems
+
+
+def stage_problems(config: DistilStage, student: nn.Module, taught: Mapping[str, int], where: str) -> list[Problem]:
+    """:func:`problems_of` for a stage whose objectives are known to exist with these options; ``taught``: what teachers offer."""
+    from compressor.distil.terms import build
+    from compressor.models.signals import available
+
+    return problems_of(build(config, available(student), taught), student, where)
+
+
+def passes_of(config: DistilStage) -> tuple[str, ...]:
+    """Objectives of a stage that read the whole training set once before the first step."""
+    from compressor.distil.objectives import registry
+
+    known = registry.names()
+    return tuple(
+        item.use for item in config.objective if item.use in known and hasattr(registry.get(item.use), "survey")
+    )
