@@ -126,7 +126,7 @@ def _view(request: DiffRequest, found: Difference, source: str) -> Any:
     from targets.report.difference import DifferenceView, LayerRow, SampleRow
 
     layers = tuple(
-        LayerRow(row.layer, row.operator, row.sqnr_db, row.loss_db, row.sqnr_db < found.threshold_db)
+        LayerRow(row.layer, row.operator, row.sqnr_db, row.added, row.sqnr_db < found.threshold_db)
         for row in found.layers
     )
     worst = tuple(
@@ -164,14 +164,14 @@ def verdict(found: Difference) -> str:
         bad = found.first_bad
         return f"{told}. First layer below {found.threshold_db:g} dB: `{bad.layer}` ({bad.sqnr_db:.1f} dB)."
     told += f". No layer is below {found.threshold_db:g} dB"
-    if found.dearest is None or not found.dearest.loss_db:
+    if found.dearest is None or not found.dearest.added:
         return f"{told}."
-    return f"{told}; most is lost in `{found.dearest.layer}` ({found.dearest.loss_db:.1f} dB)."
+    return f"{told}; most noise comes from `{found.dearest.layer}`."
 
 
 def _show(view: Any, page: Path) -> None:
-    rows = [[row.layer, row.operator, row.sqnr, row.loss, "bad" if row.bad else ""] for row in view.layers]
-    table(["layer", "operator", "dB", "dB lost here", ""], rows, f"{view.first} against {view.second}")
+    rows = [[row.layer, row.operator, row.sqnr, row.noise, "bad" if row.bad else ""] for row in view.layers]
+    table(["layer", "operator", "dB", "noise added", ""], rows, f"{view.first} against {view.second}")
     worst = [[str(row.index), row.error, row.same, row.first, row.second] for row in view.worst]
     table(["sample", "error", "same class", "first", "second"], worst, "worst samples")
     print(view.verdict)

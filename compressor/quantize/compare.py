@@ -9,7 +9,6 @@ import numpy as np
 from onnx import ModelProto, NodeProto
 
 from compressor.errors import StageError
-from compressor.quantize.coverage import MOVED_ACROSS
 from compressor.quantize.watch import LOUDEST_DB, Noise, watch
 from compressor.types import Array, Inputs
 
@@ -21,14 +20,14 @@ CLAMPS = ("Relu", "Clip")
 
 @dataclass(frozen=True)
 class LayerNoise:
-    """One tensor of the first file and its image in the second. ``loss_db``: what this layer adds to its inputs' noise
-    (their lowest ratio minus its own; 0 where it repairs some)."""
+    """One tensor of the first file and its image in the second. ``added``: error energy relative to the signal that the
+    layer has beyond its noisiest input (0 where it repairs some)."""
 
     layer: str
     operator: str
     tensor: str
     sqnr_db: float
-    loss_db: float
+    added: float
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Difference:
     @property
     def dearest(self) -> LayerNoise | None:
         """The layer that adds most noise by itself."""
-        return max(self.layers, key=lambda item: item.loss_db, default=None)
+        return max(self.layers, key=lambda item: item.added, default=None)
 
 
 def compare(
@@ -152,29 +151,37 @@ def _layers(model: ModelProto, noises: Mapping[str, Noise]) -> tuple[LayerNoise,
         for name in node.output:
             if name not in ratios:
                 continue
-            sources = [ratio for part in node.input for ratio in _before(part, makers, ratios)]
-            loss = (
-                max(0.0, min(sources, default=LOUDEST_DB) - ratios[name]) if sources or _starts(node, makers) else 0.0
+            inherited = max(
+                (_noise(ratio) for part in node.input for ratio in _before(part, makers, ratios)), default=0
             )
-            found.append(LayerNoise(node.name or name, node.op_type, name, round(ratios[name], 2), round(loss, 2)))
+            added = max(0.0, _noise(ratios[name]) - inherited)
+            shown = _layer(node, makers, ratios)
+            found.append(LayerNoise(shown.name or name, shown.op_type, name, round(ratios[name], 2), added))
     return tuple(found)
 
 
-def _starts(node: NodeProto, makers: Mapping[str, NodeProto]) -> bool:
-    """Does the layer read nothing that another one made?"""
-    return not any(name in makers for name in node.input)
+def _noise(ratio_db: float) -> float:
+    """Error energy relative to the signal's; 0 for an exact copy."""
+    return 0.0 if ratio_db >= LOUDEST_DB else float(10 ** (-ratio_db / 10))
+
+
+def _layer(node: NodeProto, makers: Mapping[str, NodeProto], ratios: Mapping[str, float]) -> NodeProto:
+    """The layer that a row is about: of a ReLU that the second file has absorbed, the layer before it."""
+    before = makers.get(node.input[0]) if node.op_type in CLAMPS and node.input[0] not in ratios else None
+    return before if before is not None else node
 
 
 def _before(name: str, makers: Mapping[str, NodeProto], ratios: Mapping[str, float]) -> list[float]:
-    """The ratio of an input, seen through layers that have none and only move values."""
-    for _ in range(8):
-        if name in ratios:
-            return [ratios[name]]
-        node = makers.get(name)
-        if node is None or node.op_type not in (*MOVED_ACROSS, *CLAMPS):
-            return []
-        name = node.input[0]
-    return []
+    """Ratios of the nearest tensors before this one that have one."""
+    pending, seen, found = [name], set[str](), []
+    while pending:
+        current = pending.pop()
+        if current in ratios:
+            found.append(ratios[current])
+        elif current in makers and current not in seen:
+            seen.add(current)
+            pending += makers[current].input
+    return found
 
 
 def _worst(before: Array, after: Array, count: int) -> tuple[WorstSample, ...]:

@@ -21,7 +21,7 @@ class LayerRow:
     layer: str
     operator: str
     sqnr_db: float
-    loss_db: float
+    added: float
     bad: bool
 
     @property
@@ -29,8 +29,8 @@ class LayerRow:
         return decibels(self.sqnr_db)
 
     @property
-    def loss(self) -> str:
-        return f"{self.loss_db:.1f}" if self.loss_db else "0"
+    def noise(self) -> str:
+        return f"{self.added:.1e}" if self.added else "0"
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ def test_an_int8_file_is_matched_through_its_pairs(cnn, tmp_path):
     found = compare(first, second, batches)
     assert found.first_bad is None
     assert {"c0_Conv", "c1_Conv", "c2_Conv"} & {layer.layer for layer in found.layers}
+    assert all(layer.added > 0 for layer in found.layers if layer.operator == "Conv")
     assert all(20 < layer.sqnr_db < 70 for layer in found.layers), [(x.layer, x.sqnr_db) for x in found.layers]
 
 
