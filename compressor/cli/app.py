@@ -56,6 +56,9 @@ def run(
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure again even if nothing changed.")] = False,
     trust_remote_code: RemoteCode = False,
     teacher: Teachers = None,
+    tracker: Annotated[
+        str | None, typer.Option("--tracker", help="tensorboard or mlflow: curves, under the run folder.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Compress a model for devices: distil, prune, quantize, export, compile, measure, report, package."""
@@ -65,7 +68,7 @@ def run(
     request = Request(
         recipe, model, data, tuple(profile or ()), max_drop, task, out, trust_remote_code, tuple(teacher or ())
     )
-    raise typer.Exit(run_command(request, remeasure=remeasure, as_json=json))
+    raise typer.Exit(run_command(request, remeasure=remeasure, as_json=json, tracker=tracker))
 
 
 @app.command()
@@ -141,6 +144,24 @@ def methods_show(name: Annotated[str, typer.Argument(help="Objective, e.g. kd.")
     from compressor.cli.listing import methods_show_command
 
     raise typer.Exit(methods_show_command(name, as_json=json))
+
+
+@app.command()
+def recommend(
+    task: Annotated[str, typer.Option("--task", help="image-classification, text-classification, ...")],
+    classes: Annotated[int, typer.Option("--classes", min=0, help="How many; 0 for embeddings.")] = 0,
+    labelled: Annotated[int, typer.Option("--labelled", min=0, help="Training samples with a label.")] = 0,
+    unlabelled: Annotated[int, typer.Option("--unlabelled", min=0, help="Further samples without one.")] = 0,
+    teacher: Annotated[str, typer.Option("--teacher", help="cnn, transformer or onnx.")] = "cnn",
+    profile: Profiles = None,
+    json: Json = False,
+) -> None:
+    """Propose a recipe for a task, its data and a device, and say why."""
+    from compressor.cli.listing import recommend_command
+    from compressor.recommend import facts_of
+
+    given = facts_of(task, classes, labelled, unlabelled, teacher, tuple(profile or ("this-machine",)))
+    raise typer.Exit(recommend_command(given, as_json=json))
 
 
 @app.command()

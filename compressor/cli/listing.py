@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from compressor.cli.output import facts, stdout_json, table
 from compressor.profile import load_profile, profile_names
+
+if TYPE_CHECKING:
+    from compressor.recommend import Facts
 
 
 def targets_command(*, as_json: bool) -> int:
@@ -69,27 +74,73 @@ def profiles_show_command(name: str, *, as_json: bool) -> int:
 
 
 def methods_list_command(*, as_json: bool) -> int:
-    """Every registered objective with its first line."""
+    """Every registered objective with its first line, by family."""
+    from compressor.distil.catalogue import family, ids_of
     from compressor.distil.objectives.registry import describe, names
 
-    found = [describe(name) for name in names()]
+    found = sorted(((family(name), describe(name)) for name in names()), key=lambda pair: (pair[0], pair[1].name))
     if as_json:
-        stdout_json([vars(item) for item in found])
+        stdout_json([{**vars(item), "family": group, "rows": ids_of(item.name)} for group, item in found])
         return 0
-    table(["objective", "what it is"], [[item.name, item.summary] for item in found])
+    rows, before = [], ""
+    for group, item in found:
+        rows.append([group if group != before else "", item.name, ", ".join(ids_of(item.name)), item.summary])
+        before = group
+    table(["family", "objective", "rows", "what it is"], rows)
     return 0
 
 
 def methods_show_command(name: str, *, as_json: bool) -> int:
-    """One objective's whole documentation."""
+    """One objective: what it is, what it needs, defaults, paper, when to use it, and a recipe to paste."""
+    from compressor.distil.catalogue import family, ids_of, recipe_of, when_of
     from compressor.distil.objectives.registry import describe
 
     found = describe(name)
+    reads = _reads(name)
     if as_json:
-        stdout_json(vars(found))
+        more = {"family": family(name), "rows": ids_of(name), "needs": reads, "when": when_of(found.text)}
+        stdout_json({**vars(found), **more, "recipe": recipe_of(name)})
         return 0
-    print(f"{found.name}\n\n{found.text}")
+    print(f"{found.name} ({family(name)}; rows {', '.join(ids_of(name)) or 'none'})\n\n{found.text}\n\nneeds")
+    facts(reads)
     if found.options:
         print("\noptions")
         facts({option: f"{kind} = {default}" for option, kind, default in found.options})
+    print(f"\nrecipe to paste\n\n{recipe_of(name)}")
+    return 0
+
+
+def _reads(name: str) -> dict[str, str]:
+    """What an objective reads, in words."""
+    from compressor.distil.catalogue import needs_of
+    from compressor.errors import StageError
+
+    try:
+        needs = needs_of(name)
+    except StageError as error:
+        return {"unknown": f"{error} {error.hint}"}
+    if needs is None:
+        return {"signals": "as its `match` says"}
+    return {
+        "student": ", ".join(sorted(needs.student)) or "nothing",
+        "teacher": ", ".join(sorted(needs.teacher)) or "nothing",
+        "batch": ", ".join(sorted(needs.batch)) or "nothing",
+        "teacher's outputs": "online: nothing is cached" if needs.online_teacher else "can be cached",
+        "batch-wise": "yes: the value depends on the other samples" if needs.batch_wise else "no",
+    }
+
+
+def recommend_command(facts_given: Facts, *, as_json: bool) -> int:
+    """A proposed recipe and why."""
+    from compressor.recommend import recommend
+
+    found = recommend(facts_given)
+    if as_json:
+        stdout_json({"recipe": found.text, "reasons": list(found.reasons), "alternatives": list(found.alternatives)})
+        return 0
+    for reason in found.reasons:
+        print(f"# {reason}")
+    for alternative in found.alternatives:
+        print(f"# also try: {alternative}")
+    print(f"\n{found.text}")
     return 0

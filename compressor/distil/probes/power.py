@@ -23,7 +23,7 @@ def smallest_difference(samples: int, discordant: float) -> float:
         delta as a fraction of 1; 1.0 when the set is too small to see anything less.
 
     >>> round(smallest_difference(10_000, 0.10), 4)
-    0.0088
+    0.0089
     """
     if samples < 1 or not 0 <= discordant <= 1:
         raise ValueError("samples must be positive and discordant within 0..1")

@@ -16,9 +16,8 @@ def smoothing_warnings(recipe: Recipe, defaults: Defaults) -> tuple[str, ...]:
     Chandrasegaran et al., "Revisiting Label Smoothing and Knowledge Distillation Compatibility: What was Missing?", ICML
     2022: with smoothing 0.1, ResNet-50 to ResNet-18 on ImageNet falls from 71.67 % at temperature 1 to 67.75 at 3.
     """
-    smoothed = {"main": recipe.teacher.label_smoothing} | {
-        item.name: item.label_smoothing for item in recipe.teacher.more
-    }
+    smoothed = {item.name: item.label_smoothing for item in recipe.teacher.more}
+    smoothed["main"] = recipe.teacher.label_smoothing
     found = []
     for teacher, amount in smoothed.items():
         if not amount:

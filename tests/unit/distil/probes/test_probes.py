@@ -34,7 +34,7 @@ def test_the_power_is_what_it_says() -> None:
 
 def test_the_statement_names_samples_points_and_seeds() -> None:
     text = power_statement(10_000, 0.10, estimated=False)
-    assert "0.88 points" in text
+    assert "0.89 points" in text
     assert "one seed" in text
     assert "5 paired seeds" in text
     assert "paired seeds" not in power_statement(10_000, 0.10, estimated=False, seeds=5)

@@ -1,0 +1,119 @@
+"""Which rows of the methods catalogue are built, which are a recipe, which are not offered. Data; needs no torch."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from compressor.distil.objectives import registry
+from compressor.distil.objectives.base import Counts, Needs
+
+FILE = Path(__file__).with_name("catalogue.toml")
+Status = Literal["built", "recipe", "not offered"]
+# What a classifier of the usual kind offers: enough to ask an objective what it would read.
+USUAL: Counts = {
+    "hidden": 4, "qkv": 3, "q": 3, "k": 3, "v": 3, "attn": 3, "pooled": 1, "logits": 1, "mask": 1, "tokens": 1,
+}  # fmt: skip
+FAMILIES = {
+    "logits": "output distributions",
+    "decoupled": "output distributions",
+    "batchwise": "output distributions",
+    "multilabel": "several labels a sample",
+    "listwise": "rankings and lists",
+    "ranking": "rankings and lists",
+    "features": "features and attention",
+    "relations": "features and attention",
+    "filters": "features and attention",
+    "contrast": "features and attention",
+    "ladder": "features and attention",
+    "prepared": "features and attention",
+    "embedding": "sentence embeddings",
+    "sequence": "language models",
+    "crossvocab": "language models",
+    "heads": "heads and exits of the student",
+    "exits": "heads and exits of the student",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the catalogue."""
+
+    id: str
+    title: str
+    status: Status
+    built: tuple[str, ...] = ()  # objectives
+    part: str = ""  # another part of the tool that carries it
+    recipe: str = ""
+    reason: str = ""  # why it is not offered
+    note: str = ""
+
+
+@cache
+def _data() -> dict[str, Any]:
+    return tomllib.loads(FILE.read_text(encoding="utf-8"))
+
+
+@cache
+def rows() -> tuple[Row, ...]:
+    """All rows in the catalogue's order."""
+    return tuple(_row(name, item) for name, item in _data()["rows"].items())
+
+
+def _row(name: str, item: dict[str, Any]) -> Row:
+    status: Status = "not offered" if "not_offered" in item else "recipe" if "recipe" in item else "built"
+    return Row(
+        name,
+        item["title"],
+        status,
+        tuple(item.get("built", ())),
+        item.get("part", ""),
+        item.get("recipe", "").strip(),
+        item.get("not_offered", ""),
+        item.get("note", ""),
+    )
+
+
+def ids_of(objective: str) -> tuple[str, ...]:
+    """The catalogue's rows that an objective carries."""
+    return tuple(row.id for row in rows() if objective in row.built)
+
+
+def family(objective: str) -> str:
+    """The group that ``methods list`` shows an objective under."""
+    module = registry.describe(objective).source.partition(":")[0]
+    return FAMILIES.get(module.rpartition(".")[2], "from other packages")
+
+
+def recipe_of(objective: str) -> str:
+    """A recipe to paste: the stages (and further teachers) that use an objective, valid as they stand."""
+    own = _data().get("objectives", {}).get(objective)
+    if own is not None:
+        return str(own["recipe"]).strip()
+    return f'[[stage]]\nkind = "distil"\nlabels = 0.5\n\n[[stage.objective]]\nuse = "{objective}"\nweight = 0.5'
+
+
+def when_of(text: str) -> str:
+    """The ``When:`` line of an objective's documentation, joined; empty when there is none."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        if line.startswith("When:"):
+            lines = [line.removeprefix("When:").strip()]
+        elif lines and (not line.strip() or ":" in line.split(" ")[0] or line.startswith(("Worked ", "Defaults"))):
+            break
+        elif lines:
+            lines.append(line.strip())
+    return " ".join(lines)
+
+
+def needs_of(objective: str) -> Needs | None:
+    """What the objective would read of two usual classifiers, or None where its default match does not fit them.
+
+    Raises:
+        StageError: torch is not installed.
+    """
+    built = registry.get(objective)()
+    return None if built.bind(USUAL, USUAL) else built.needs
