@@ -78,7 +78,10 @@ def problems_of(weighted: Sequence[Weighted], student: nn.Module, where: str) ->
 
 
 def stage_problems(config: DistilStage, student: nn.Module, taught: Mapping[str, int], where: str) -> list[Problem]:
-    """:func:`problems_of` for a stage whose objectives are known to exist with these options; ``taught``: what teachers offer."""
+    """:func:`problems_of` for a stage whose objectives are known to exist with these options.
+
+    ``taught``: what the teachers offer.
+    """
     from compressor.distil.terms import build
     from compressor.models.signals import available
 

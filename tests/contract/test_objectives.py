@@ -32,7 +32,7 @@ NO_DISTANCE = {
     *("lelp", "dual-head", "auxiliary-head", "norm-direction", "multi-exit"),  # heads and class means of their own
     *("homomorphic-projection", "ladder", "task-aware-filters"),  # new projections even between equal widths
 }
-OPTIONS = {"homomorphic-projection": {"size": 4, "keep": False}}
+OPTIONS = {"homomorphic-projection": {"size": 2, "keep": False}}
 
 
 class Recorder(dict):
