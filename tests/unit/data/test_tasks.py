@@ -67,7 +67,7 @@ def test_conll_files_become_tagged_tokens(tmp_path: Path, text_model: Make):
 
 
 def test_words_and_tags_must_be_as_many(tmp_path: Path, text_model: Make):
-    rows = [{"words": ["a", "b"], "tags": ["N"]} for _ in range(20)]
+    rows = [{"words": [f"a{i}", "b"], "tags": ["N"]} for i in range(20)]
     (tmp_path / "tags.json").write_text(json.dumps(rows))
     model = retasked(text_model(labels=("N", "V")), "token-classification",
                      outputs=(TensorSpec("logits", "float32", ("batch", "sequence", 2)),))  # fmt: skip
