@@ -88,7 +88,8 @@ class Pipeline:
                 case DistilStage():
                     before = student
                     student = distil(self.run, before, stage, labels_only=False)
-                    if self.run.recipe.null_twin and self.run.data.splits["train"].labels is not None:
+                    labelled = self.run.data.splits["train"].labels is not None and stage.data != "transfer"
+                    if self.run.recipe.null_twin and labelled:
                         twin = distil(self.run, twin or replace(before, role="null-twin"), stage, labels_only=True)
                 case QuantizeStage():
                     pass

@@ -16,10 +16,13 @@ from compressor.cli.integrity import findings
 from compressor.cli.output import Progress, stdout_json
 from compressor.cli.session import Request, Session, open_session
 from compressor.cli.summary import show
+from compressor.distil import trackers
+from compressor.distil.processes import is_main
 from compressor.errors import ConfigError, TargetUnavailable
 from compressor.ledger import Event, EventLog, Ledger, code_digest, digest_of
 from compressor.pipeline import Built, Pipeline
 from compressor.profile import HardwareProfile, load_profile, profile_names
+from compressor.stages.training import follow, release
 from compressor.types import Array, write_atomic
 
 if TYPE_CHECKING:
@@ -29,12 +32,16 @@ if TYPE_CHECKING:
 MISSED_LIMITS = 3
 
 
-def run_command(request: Request, *, remeasure: bool, as_json: bool) -> int:
+def run_command(request: Request, *, remeasure: bool, as_json: bool, tracker: str | None = None) -> int:
     """Carry out a whole run; the exit code of design: 0 done, 3 a promise was missed, 4 a wanted target is missing."""
-    progress = Progress()
+    if tracker is not None:
+        trackers.check(tracker)
+    progress = Progress(quiet=not is_main())
     ledger = Ledger(request.out, progress)
     session = open_session(request)
-    summary, folder = execute(session, ledger, progress, remeasure=remeasure)
+    if not is_main():
+        return train_along(session, ledger)
+    summary, folder = execute(session, ledger, progress, remeasure=remeasure, tracker=tracker)
     paths = publish(session, summary, folder)
     if as_json:
         from targets.report import to_json
@@ -43,6 +50,13 @@ def run_command(request: Request, *, remeasure: bool, as_json: bool) -> int:
     else:
         show(summary, paths)
     return exit_code(summary)
+
+
+def train_along(session: Session, ledger: Ledger) -> int:
+    """A process that `accelerate launch` started beside the first one: it trains with it and writes nothing."""
+    channels = session.plan.channel_multiple
+    follow(Pipeline(session.recipe, session.model, session.data, ledger, round_to=channels, panel=session.panel).run)
+    return 0
 
 
 def exit_code(summary: RunSummary) -> int:
@@ -64,7 +78,9 @@ def run_digest(session: Session) -> str:
     )
 
 
-def execute(session: Session, ledger: Ledger, progress: Event, *, remeasure: bool) -> tuple[RunSummary, Path]:
+def execute(
+    session: Session, ledger: Ledger, progress: Event, *, remeasure: bool, tracker: str | None = None
+) -> tuple[RunSummary, Path]:
     """Build the artifacts and deploy them; everything is written to the run folder, which is locked meanwhile."""
     digest = run_digest(session)
     folder = ledger.run_folder(digest)
@@ -73,16 +89,20 @@ def execute(session: Session, ledger: Ledger, progress: Event, *, remeasure: boo
         ledger.on_event = log
         log("run-start", {"digest": digest})
         write_recipe(session, folder)
-        pipeline = Pipeline(
-            session.recipe,
-            session.model,
-            session.data,
-            ledger,
-            round_to=session.plan.channel_multiple,
-            on_event=log,
-            panel=session.panel,
-        )
-        built = pipeline.build()
+        with trackers.tracking(tracker, folder / "trackers", session.recipe.name, log) as told:
+            ledger.on_event = told
+            pipeline = Pipeline(
+                session.recipe,
+                session.model,
+                session.data,
+                ledger,
+                round_to=session.plan.channel_multiple,
+                on_event=told,
+                panel=session.panel,
+            )
+            built = pipeline.build()
+        ledger.on_event = log
+        release()
         outcomes, rejected = _deploy_all(session, pipeline, built, ledger, folder, log, remeasure=remeasure)
         summary = summarise(session, digest, built, ledger, outcomes, rejected)
         _stage_links(ledger, folder)

@@ -216,6 +216,9 @@ def _module_problems(recipe: Recipe, model: LoadedModel, data: DataBundle, panel
     import torch
 
     from compressor import prune
+    from compressor.distil.changes import stage_problems
+    from compressor.distil.fit import fit_problems
+    from compressor.distil.processes import launched
     from compressor.distil.terms import check
     from compressor.models.signals import available
 
@@ -230,8 +233,12 @@ def _module_problems(recipe: Recipe, model: LoadedModel, data: DataBundle, panel
             found = prune.check(model.module, example, stage)
             problems += [Problem(f"{where}.{item.where}".rstrip("."), item.what) for item in found]
         elif isinstance(stage, DistilStage):
-            wrong = check(stage, signals, taught, where)
+            wrong = check(stage, signals, taught, where, launched())
             problems += wrong or reading_problems(panel, model, stage, taught, where)
+            problems += [] if wrong else stage_problems(stage, model.module, taught, where)
+            problems += fit_problems(
+                stage, where, task=model.task, module=model.module, example=example, data=data, processes=launched()
+            )
     return problems
 
 
@@ -302,6 +309,24 @@ def _competing(stage: Any) -> bool:
     return isinstance(stage, DistilStage) and any(item.use == "kd" for item in stage.objective)
 
 
+def _training_warnings(recipe: Recipe, model: LoadedModel) -> list[str]:
+    if model.module is None:
+        return []
+    from compressor.distil.fit import warnings
+    from compressor.distil.processes import launched
+
+    stages = [stage for stage in recipe.stage if isinstance(stage, DistilStage)]
+    return [text for stage in stages for text in warnings(stage, model.module, launched())]
+
+
+def _pass_notes(recipe: Recipe) -> list[str]:
+    """What objectives cost before the first step."""
+    from compressor.distil.changes import passes_of
+
+    names = [name for stage in recipe.stage if isinstance(stage, DistilStage) for name in passes_of(stage)]
+    return [f"`{name}` reads the training set once before the first step; cached outputs cost little" for name in names]
+
+
 def _warnings(recipe: Recipe, model: LoadedModel, data: DataBundle) -> tuple[str, ...]:
     from compressor.distil.objectives.registry import describe
     from compressor.distil.probes.smoothing import smoothing_warnings
@@ -317,6 +342,8 @@ def _warnings(recipe: Recipe, model: LoadedModel, data: DataBundle) -> tuple[str
     ]
     if data.duplicates_dropped:
         found.append(f"{data.duplicates_dropped} train samples that also stand in test were dropped")
+    found += _training_warnings(recipe, model)
+    found += _pass_notes(recipe)
     if recipe.null_twin and not any(isinstance(stage, DistilStage) for stage in recipe.stage):
         found.append("no null twin: nothing is trained in this recipe")
     elif recipe.null_twin and data.splits["train"].labels is None:

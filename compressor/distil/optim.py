@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 
@@ -61,6 +61,47 @@ def freeze(student: nn.Module, patterns: Iterable[str]) -> tuple[list[nn.Paramet
         parameter.requires_grad_(False)
     still = [m for m in student.modules() if frozen and _all_frozen(m)]
     return frozen, still
+
+
+class Thaw:
+    """Gradual unfreezing: groups of parameters join the training one by one, a pure function of the step.
+
+    Source: Howard and Ruder, "Universal Language Model Fine-tuning", 2018; XtremeDistilTransformers unfreezes from the
+    top down in the same way.
+    """
+
+    def __init__(self, student: nn.Module, patterns: Sequence[str], by: float) -> None:
+        """``patterns``: one a group, the first trains at once; a parameter belongs to the first that matches it."""
+        self._student, self._by, self._count = student, by, len(patterns)
+        self._open = -1
+        groups = [(next((i for i, w in enumerate(patterns) if fnmatch(n, w)), 0), p) for n, p in _trained(student)]
+        self._groups = [[p for number, p in groups if number == group] for group in range(len(patterns))]
+
+    def at(self, step: int, total: int) -> bool:
+        """Open what trains at this step; did that change something?"""
+        done = step / max(1, total - 1)
+        count = sum(self._by * group <= done * max(1, self._count - 1) for group in range(self._count))
+        if count == self._open:
+            return False
+        self._open = count
+        for number, group in enumerate(self._groups):
+            for parameter in group:
+                parameter.requires_grad_(number < count)
+        return True
+
+    def still(self) -> list[nn.Module]:
+        """Modules that are constant at this step."""
+        return [m for m in self._student.modules() if _all_frozen(m)]
+
+    def release(self) -> None:
+        """All groups can be trained again."""
+        for group in self._groups:
+            for parameter in group:
+                parameter.requires_grad_(True)
+
+
+def _trained(student: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in student.named_parameters() if p.requires_grad]
 
 
 def _all_frozen(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -27,23 +28,41 @@ class TrainingSet:
         known = _labels(parts[0])  # (N,), or (N, C) for several labels a sample
         unknown = [np.full((len(part), *known.shape[1:]), UNLABELLED, dtype=np.int64) for part in parts[1:]]
         self.labels = np.concatenate([known, *unknown])
+        self._known = self.labels  # the digest is of these: the teacher's outputs do not depend on labels made later
         self.digests = np.concatenate([np.asarray(part.digests, dtype="S16") for part in parts])
+        self.owners = np.repeat(np.arange(len(parts)), np.diff(self._starts))  # 0: train, 1: transfer
+        self._rows: Array | None = None  # of the parts, when only some take part
 
     @classmethod
-    def of(cls, data: DataBundle) -> TrainingSet:
-        """The training samples of ``data``.
+    def of(cls, data: DataBundle, which: str = "all") -> TrainingSet:
+        """The training samples of ``data``: ``all``, ``train`` or ``transfer``.
 
         Raises:
-            StageError: the train part is missing or empty.
+            StageError: the part is missing or empty.
         """
-        train = data.splits.get("train")
+        train, transfer = data.splits.get("train"), data.splits.get("transfer")
+        if which == "transfer" and (transfer is None or len(transfer) == 0):
+            raise StageError("there is nothing to train on", hint="The data has no transfer part (`data.transfer`).")
         if train is None or len(train) == 0:
             raise StageError("there is nothing to train on", hint="The train part of the data is empty.")
-        transfer = data.splits.get("transfer")
-        return cls([train] if transfer is None or len(transfer) == 0 else [train, transfer])
+        found = cls([train] if transfer is None or len(transfer) == 0 else [train, transfer])
+        if which == "all" or transfer is None:
+            return found
+        return found.take(np.flatnonzero(found.owners == (1 if which == "transfer" else 0)))
+
+    def take(self, kept: Array, labels: Array | None = None) -> TrainingSet:
+        """These samples alone, addressed from 0; with ``labels`` (one for each of ours) in the place of their own."""
+        made = copy.copy(self)
+        for name in ("lengths", "digest"):
+            made.__dict__.pop(name, None)
+        made._rows = np.asarray(kept) if self._rows is None else self._rows[kept]
+        made._known = self._known[kept]
+        made.labels = (self.labels if labels is None else labels)[kept]
+        made.digests, made.owners = self.digests[kept], self.owners[kept]
+        return made
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self.labels)
 
     @property
     def labelled(self) -> bool:
@@ -52,6 +71,8 @@ class TrainingSet:
 
     def batch(self, positions: Array) -> dict[str, Tensor]:
         """Model inputs of these samples, in their order; text from both parts is padded to one length."""
+        if self._rows is not None:
+            positions = self._rows[positions]
         if len(self._parts) == 1:
             return _tensors(self._parts[0].batch(positions))
         owner = np.searchsorted(self._starts[1:], positions, side="right")
@@ -80,7 +101,7 @@ class TrainingSet:
 
         The last part notices another tokenizer or other preprocessing of the same raw samples.
         """
-        found = hashlib.sha256(self.digests.tobytes() + self.labels.tobytes())
+        found = hashlib.sha256(self.digests.tobytes() + self._known.tobytes())
         for name, tensor in sorted(self.batch(np.unique(np.linspace(0, len(self) - 1, 32).astype(np.int64))).items()):
             found.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
             found.update(tensor.contiguous().numpy().tobytes())

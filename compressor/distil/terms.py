@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -13,9 +13,13 @@ from compressor.distil.objectives import registry
 from compressor.distil.objectives.base import Objective, Term
 from compressor.errors import CompressError, ConfigError, Problem
 from compressor.recipe import DistilStage, ObjectiveConfig
+from compressor.schedule import Schedule
+from compressor.strategy import MixupStrategy
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+BATCH_FIELDS = frozenset({"labels", "mask", "response"})  # what the loop fills of a ``Batch``
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,17 @@ class Weighted:
     """An objective with its weight and its place in the recipe."""
 
     name: str
-    weight: float
+    weight: float | Schedule
     objective: Objective
+    schedules: Mapping[str, Schedule] = field(default_factory=dict)  # of its options
 
 
 def check(
-    config: DistilStage, student_signals: Mapping[str, int], teacher_signals: Mapping[str, int], where: str = "distil"
+    config: DistilStage,
+    student_signals: Mapping[str, int],
+    teacher_signals: Mapping[str, int],
+    where: str = "distil",
+    processes: int = 1,
 ) -> list[Problem]:
     """Everything wrong with the objectives of a stage, found without running a model.
 
@@ -36,6 +45,7 @@ def check(
         config: the stage.
         student_signals, teacher_signals: what the models offer (``compressor.models.signals.available``).
         where: key of the stage in the recipe, as a prefix of the problems' places (``stage.1``).
+        processes: how many train together.
     """
     problems: list[Problem] = []
     if not config.labels and not config.objective:
@@ -46,16 +56,38 @@ def check(
         if objective is not None:
             wrong = objective.bind(student_signals, teacher_signals)
             problems += [Problem(f"{place}.match" if item.match else f"{place}.use", text) for text in wrong]
+            problems += [Problem(f"{place}.use", text) for text in _unfit(config, item.use, objective, processes)]
     return problems
 
 
-def build(config: DistilStage, student: Mapping[str, int], teacher: Mapping[str, int]) -> list[Weighted]:
+def _unfit(config: DistilStage, name: str, objective: Objective, processes: int) -> list[str]:
+    """Why an objective cannot be trained the way the stage asks."""
+    found, needs = [], objective.needs
+    if needs.batch_wise and config.accumulate > 1:
+        found.append(
+            f"`{name}` compares the samples of a whole batch, which accumulate = {config.accumulate} would cut; "
+            "leave `accumulate` out, or give a smaller `batch`"
+        )
+    if needs.batch_wise and processes > 1:
+        found.append(
+            f"`{name}` compares the samples of a whole batch, which {processes} processes would cut; launch one"
+        )
+    if "labels" in needs.batch and any(isinstance(strategy, MixupStrategy) for strategy in config.strategy):
+        found.append(f"`{name}` needs one label a sample, which the strategy `mixup` blends")
+    if absent := sorted(needs.batch - BATCH_FIELDS):
+        found.append(f"`{name}` needs {' and '.join(absent)} of every sample, which no data brings yet")
+    return found
+
+
+def build(
+    config: DistilStage, student: Mapping[str, int], teacher: Mapping[str, int], processes: int = 1
+) -> list[Weighted]:
     """The stage's objectives, bound to what the models offer.
 
     Raises:
         ConfigError: with every problem :func:`check` finds.
     """
-    problems = check(config, student, teacher)
+    problems = check(config, student, teacher, processes=processes)
     if problems:
         raise ConfigError("the distil stage", problems)
     built = []
@@ -63,7 +95,7 @@ def build(config: DistilStage, student: Mapping[str, int], teacher: Mapping[str,
         objective = _built(item, item.use, problems)
         if objective is not None:
             objective.bind(student, teacher)
-            built.append(Weighted(item.use, item.weight, objective))
+            built.append(Weighted(item.use, item.weight, objective, _schedules(item)))
     return built
 
 
@@ -80,7 +112,10 @@ def _built(item: ObjectiveConfig, place: str, problems: list[Problem]) -> Object
     before = len(problems)
     options = None
     try:
-        options = loaded.Options.model_validate(item.options)
+        options = loaded.Options.model_validate(_ends(item, 0))
+        if _schedules(item):
+            loaded.Options.model_validate(_ends(item, 1))
+            problems += [Problem(f"{place}.options.{p.where}", p.what) for p in _unscheduled(item, options)]
     except ValidationError as error:
         problems += [Problem(f"{place}.options.{p.where}", p.what) for p in problems_of(error, loaded.Options)]
     if item.match is not None and loaded.default_match is None:
@@ -91,6 +126,21 @@ def _built(item: ObjectiveConfig, place: str, problems: list[Problem]) -> Object
     return objective
 
 
+def _schedules(item: ObjectiveConfig) -> dict[str, Schedule]:
+    return {name: value for name, value in item.options.items() if isinstance(value, Schedule)}
+
+
+def _ends(item: ObjectiveConfig, end: int) -> dict[str, Any]:
+    """The options with every schedule at its first (0) or final (1) value."""
+    return {name: v.values[end] if isinstance(v, Schedule) else v for name, v in item.options.items()}
+
+
+def _unscheduled(item: ObjectiveConfig, options: Any) -> list[Problem]:
+    """Only numbers with a fraction can change while training: sizes and switches decide how an objective is built."""
+    wrong = [name for name in _schedules(item) if not isinstance(getattr(options, name), float)]
+    return [Problem(name, "cannot be a schedule: it is not a number with a fraction") for name in wrong]
+
+
 def combine(terms: Sequence[tuple[float, Term]]) -> Tensor:
     """Each term as ``weight * sum / count``, stacked: the one place where reductions are decided.
 
@@ -98,8 +148,8 @@ def combine(terms: Sequence[tuple[float, Term]]) -> Tensor:
     """
     import torch
 
-    return torch.stack([term.sum * (weight / _at_least_one(term.count)) for weight, term in terms])
+    return torch.stack([term.sum * (weight / at_least_one(term.count)) for weight, term in terms])
 
 
-def _at_least_one(count: Tensor | float) -> Tensor | float:
+def at_least_one(count: Tensor | float) -> Tensor | float:
     return max(count, 1.0) if isinstance(count, float | int) else count.clamp_min(1)

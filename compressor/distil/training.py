@@ -9,22 +9,20 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.distil import checkpoint
-from compressor.distil.objectives.base import Batch, Signals, Step, Term
-from compressor.distil.objectives.multilabel import binary_label_term
-from compressor.distil.optim import MovingAverage, learning_rate
-from compressor.distil.precision import Numerics
+from compressor.distil.objectives.base import Step
+from compressor.distil.optim import learning_rate
 from compressor.distil.result import EpochRecord, OnEvent
-from compressor.distil.stream import UNLABELLED, TrainingSet
-from compressor.distil.teachers import TeacherSource
-from compressor.distil.terms import Weighted, combine
+from compressor.distil.rollouts import state_of
+from compressor.distil.schedules import Courses
+from compressor.distil.step import Gradients, Parts
+from compressor.distil.strategies.draws import Draw
 from compressor.errors import StageError
 from compressor.recipe import DistilStage
-from compressor.types import Array
 
 CHECK_STEPS = 32  # the loss is looked at this often, so that a GPU need not wait for every step
 
@@ -41,33 +39,13 @@ class Progress:
     seconds: float = 0.0
     epoch_seconds: float = 0.0
     forwards: int = 0
+    choosing: int = 0  # samples the student was run on by strategies that choose
     history: list[dict[str, Any]] = field(default_factory=list)
+    feedback: dict[str, list[float]] = field(default_factory=dict)  # values of feedback schedules
 
     def records(self) -> tuple[EpochRecord, ...]:
         """The history as frozen values."""
         return tuple(EpochRecord(**item) for item in self.history)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a run is made of."""
-
-    student: nn.Module
-    tap: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-    teacher: TeacherSource
-    objectives: Sequence[Weighted]
-    projectors: nn.ModuleList
-    optimiser: Any  # torch.optim.Optimizer
-    backward: Callable[[Tensor], None]
-    average: MovingAverage | None
-    still: Sequence[nn.Module]  # frozen modules that stay in evaluation mode
-    data: TrainingSet
-    load: Callable[[Array, int], dict[str, Tensor]]
-    numerics: Numerics
-    device: Any
-    label_weight: float
-    order_seed: int
-    label_signal: str = "logits"  # of the student: what cross-entropy with the labels teaches
 
 
 class Meter:
@@ -109,10 +87,11 @@ class Training:
         self.score, self.on_event, self.checkpoint_seconds = score, on_event, checkpoint_seconds
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
-        self.per_epoch = len(parts.data.order(0, config.batch, parts.order_seed))
-        self.meter = Meter(_term_names(parts), parts.device)
+        self.total = parts.stream.steps * config.epochs
+        self.gradients = Gradients(parts, config.accumulate)
+        self.meter = Meter(self.gradients.names, parts.device)
+        self.courses = Courses(parts.label_weight, parts.objectives, self.gradients.names)
         self._trained = [p for group in parts.optimiser.param_groups for p in group["params"]]
-        self._labels = torch.from_numpy(parts.data.labels).to(parts.device)
         self._saved = self._told = time.monotonic()
 
     def run(self) -> None:
@@ -142,21 +121,20 @@ class Training:
         parts, progress, view = self.parts, self.progress, self.view(epoch)
         before = parts.teacher.forwards
         parts.teacher.prepare(view)
-        progress.forwards += parts.teacher.forwards - before
-        parts.student.train()
-        for module in parts.still:
-            module.eval()
-        order = parts.data.order(epoch, self.config.batch, parts.order_seed)
+        progress.forwards += parts.processes.total(parts.teacher.forwards - before)
+        if progress.step == 0:
+            self._choosing(lambda: parts.stream.begin(epoch))
+        self._train_mode()
+        draws, steps = parts.stream.epoch(epoch, progress.step), parts.stream.steps
         started = time.perf_counter()
-        while progress.step < len(order):
-            before = parts.teacher.forwards
-            self._step(order[progress.step], view, epoch)
-            progress.forwards += parts.teacher.forwards - before
+        while progress.step < steps:
+            draw = self._choosing(lambda: next(draws))
+            due = self._step(draw, view, epoch)
             progress.step += 1
             progress.index += 1
             if progress.index % CHECK_STEPS == 0:
                 self._check_loss()
-            if time.monotonic() - self._saved >= self.checkpoint_seconds and progress.step < len(order):
+            if due and progress.step < steps:
                 self._check_loss()
                 progress.epoch_seconds += time.perf_counter() - started
                 self.save()
@@ -165,34 +143,42 @@ class Training:
         self._check_loss()
         progress.epoch_seconds += time.perf_counter() - started
 
-    def _step(self, positions: Array, view: int, epoch: int) -> None:
-        parts, index = self.parts, self.progress.index
-        inputs = parts.load(positions, view)
-        with parts.numerics.autocast(parts.device):
-            student = parts.tap(inputs)
-        teacher = parts.teacher.signals(positions, inputs, view)
-        batch = Batch(self._labels[torch.from_numpy(positions)], inputs.get("attention_mask"))
-        step = Step(index, self.per_epoch * self.config.epochs, epoch)
-        values = combine(self._terms(student, teacher, batch, step))
-        loss = values.sum()
-        parts.backward(loss)
+    def _choosing(self, choose: Callable[[], Any]) -> Any:
+        """Run a choice of the data strategies and count what it cost. All processes make the same one."""
+        stream, teacher = self.parts.stream, self.parts.teacher
+        before, taught = stream.forwards, teacher.forwards
+        found = choose()
+        self.progress.choosing += stream.forwards - before
+        self.progress.forwards += teacher.forwards - taught
+        return found
+
+    def _train_mode(self) -> None:
+        parts = self.parts
+        parts.student.train()
+        for module in [*parts.still, *(parts.thaw.still() if parts.thaw is not None else ())]:
+            module.eval()
+
+    def _step(self, draw: Draw, view: int, epoch: int) -> bool:
+        """One step of the optimiser; is it time for a checkpoint?"""
+        parts, progress = self.parts, self.progress
+        step = Step(progress.index, self.total, epoch)
+        if parts.thaw is not None and parts.thaw.at(step.index, step.total):
+            self._train_mode()
+        weights = self.courses.apply(step.index, step.total, progress.feedback)
+        due = time.monotonic() - self._saved >= self.checkpoint_seconds
+        values, forwards, due = self.gradients.compute(draw, view, step, weights, due)
+        progress.forwards += forwards
         if self.config.clip is not None:
             nn.utils.clip_grad_norm_(self._trained, self.config.clip, foreach=True)
-        rate = learning_rate(index, step.total, self.config)
+        rate = learning_rate(step.index, step.total, self.config)
         for group in parts.optimiser.param_groups:
             group["lr"] = rate
         parts.optimiser.step()
         parts.optimiser.zero_grad(set_to_none=True)
         if parts.average is not None:
-            parts.average.update(index)
-        self.meter.add(values.detach(), loss.detach(), index)
-
-    def _terms(self, student: Signals, teacher: Signals, batch: Batch, step: Step) -> list[tuple[float, Term]]:
-        found = []
-        if self.parts.label_weight:
-            found.append((self.parts.label_weight, label_term(student[self.parts.label_signal], batch)))
-        found += [(item.weight, item.objective(student, teacher, batch, step)) for item in self.parts.objectives]
-        return found
+            parts.average.update(step.index)
+        self.meter.add(values, values.sum(), step.index)
+        return due
 
     def _check_loss(self) -> None:
         bad = self.meter.first_bad(self.progress.index - 1)
@@ -212,9 +198,13 @@ class Training:
             steps=progress.step,
             seconds=progress.epoch_seconds,
             loss=sum(means),
-            learning_rate=learning_rate(progress.index - 1, self.per_epoch * self.config.epochs, self.config),
+            learning_rate=learning_rate(progress.index - 1, self.total, self.config),
             score=score,
             terms=dict(zip(self.meter.names, means, strict=True)),
+            values=self.courses.values(progress.index - 1, self.total, progress.feedback),
+        )
+        self.courses.observe(
+            {**record.terms, "loss": record.loss, **({} if score is None else {"score": score})}, progress.feedback
         )
         progress.history.append(asdict(record))
         progress.seconds += progress.epoch_seconds
@@ -224,8 +214,10 @@ class Training:
         progress.epoch, progress.step, progress.epoch_seconds = progress.epoch + 1, 0, 0.0
         self.meter.sums.zero_()
         self.save()
-        event = {f.name: getattr(record, f.name) for f in fields(record) if f.name not in ("terms", "score")}
-        self.on_event("epoch", event | ({} if score is None else {"score": score}))
+        event = {f.name: getattr(record, f.name) for f in fields(record) if f.name not in ("terms", "score", "values")}
+        named = {f"term {name}": value for name, value in record.terms.items() if len(record.terms) > 1}
+        event |= named | dict(record.values) | ({} if score is None else {"score": score})
+        self.on_event("epoch", event)
 
     def _weights(self) -> dict[str, Tensor]:
         """The student's state, with the moving average where there is one."""
@@ -235,12 +227,18 @@ class Training:
     def _validate(self) -> float | None:
         if self.score is None:
             return None
+        found = torch.zeros((), dtype=torch.float64)
+        if self.parts.processes.main:
+            found.fill_(self._scored(self.score))
+        return float(self.parts.processes.share(found))
+
+    def _scored(self, score: Callable[[nn.Module], float]) -> float:
         self.parts.student.eval()
         applied: AbstractContextManager[Any] = nullcontext()
         if self.parts.average is not None:
             applied = self.parts.average.applied()
         with applied, torch.random.fork_rng(devices=[]):
-            return float(self.score(self.parts.student))
+            return float(score(self.parts.student))
 
     def save(self) -> None:
         """Write the checkpoint. A student with weights that are not finite is never written over a good one."""
@@ -250,6 +248,10 @@ class Training:
                 f"the student's weights are not finite after step {self.progress.index - 1}",
                 hint=f"Lower `learning_rate` (now {self.config.learning_rate:g}), or set `clip`.",
             )
+        random = parts.processes.gather(torch.get_rng_state())
+        self._saved = time.monotonic()
+        if not parts.processes.main:
+            return
         state = self.constant | {
             "done": False,
             "progress": asdict(self.progress),
@@ -259,7 +261,9 @@ class Training:
             "average": parts.average.values if parts.average else {},
             "best": self.best,
             "sums": self.meter.sums,
-            "random": torch.get_rng_state(),
+            "replay": state_of(parts.rollouts),
+            "shares": parts.stream.shares.tolist(),
+            "random": random,  # a row a process
         }
         checkpoint.save(self.path, state)
         self._saved = time.monotonic()
@@ -273,35 +277,15 @@ class Training:
         parts.optimiser.load_state_dict(state["optimiser"])
         if parts.average is not None:
             parts.average.load(state["average"])
+        if parts.rollouts is not None:
+            parts.rollouts.restore(state.get("replay", []))
         self.best = dict(state["best"])
         self.meter.sums.copy_(state["sums"])
-        torch.set_rng_state(state["random"])
+        parts.stream.shares = np.array(state["shares"])
+        torch.set_rng_state(state["random"][min(parts.processes.rank, len(state["random"]) - 1)])
 
     def _tell(self) -> None:
         now = time.monotonic()
         if now - self._told >= 1.0:
             self._told = now
-            total = self.per_epoch * self.config.epochs
-            self.on_event("progress", {"step": self.progress.index, "total": total, "epoch": self.progress.epoch})
-
-
-def label_term(logits: Tensor, batch: Batch) -> Term:
-    """Cross-entropy with the labels; samples (or tokens) without one count neither in the sum nor in the count.
-
-    Several labels a sample, (B, C) for logits (B, C), are taught by :func:`binary_label_term`.
-    """
-    labels = batch.labels
-    assert labels is not None  # the loop always gives labels, -100 where there is none
-    if labels.dim() == logits.dim() == 2:
-        return binary_label_term(logits, batch)
-    flat = logits.float().flatten(0, -2)
-    total = F.cross_entropy(flat, labels.flatten(), ignore_index=UNLABELLED, reduction="sum")
-    return Term(total, (labels != UNLABELLED).sum())
-
-
-def _term_names(parts: Parts) -> list[str]:
-    names = ["labels"] if parts.label_weight else []
-    for item in parts.objectives:
-        same = sum(name.split("#")[0] == item.name for name in names)
-        names.append(f"{item.name}#{same + 1}" if same else item.name)
-    return names
+            self.on_event("progress", {"step": self.progress.index, "total": self.total, "epoch": self.progress.epoch})

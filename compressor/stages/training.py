@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressor.distil.probes.hacking import HackingMonitor
-from compressor.ledger import Event, StageOutput, code_digest
+from compressor.distil.processes import Processes, launched
+from compressor.ledger import Event, StageOutput, code_digest, ignore_event
 from compressor.recipe import DistilStage
 from compressor.stages.run import RECORD_FILE, Line, Run
 from compressor.stages.sequences import with_sequences
+from compressor.strategy import FilterStrategy, QueryStrategy
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compressor.distil.result import DistilResult
+
+START = "start"  # folder of the student as it enters the stage, for the other processes
 
 
 def distil(run: Run, line: Line, stage: DistilStage, *, labels_only: bool) -> Line:
@@ -24,16 +33,18 @@ def distil(run: Run, line: Line, stage: DistilStage, *, labels_only: bool) -> Li
             for name, value in config.items()
             if name not in {"objective", "cache", "cache_logits", "labels", "rollouts", "sequences"}
         }
+    # the twin sees the same samples, so where the teacher chooses them the twin depends on it too
+    judged = any(isinstance(strategy, FilterStrategy | QueryStrategy) for strategy in stage.strategy)
     key = {
         "previous": line.key,
         "config": config,
         "labels_only": labels_only,
-        "teacher": None if labels_only else run.model.provenance.digest,
+        "teacher": run.model.provenance.digest if judged or not labels_only else None,
         "signals": run.recipe.teacher.signals,
         **({"panel": run.panel.facts()} if run.panel is not None and not labels_only else {}),
         "data": {name: run.data.digests[name] for name in sorted(run.data.digests) if name not in {"test", "fresh"}},
         "seed": run.recipe.seed,
-        "code": code_digest("distil", "models/signals", "models/heads"),
+        "code": code_digest("distil", "models/signals", "models/heads", "schedule", "strategy"),
     }
     name = "null-twin" if labels_only else "distil"
     result = run.ledger.stage(
@@ -46,33 +57,20 @@ def distil(run: Run, line: Line, stage: DistilStage, *, labels_only: bool) -> Li
 def _train(run: Run, line: Line, stage: DistilStage, folder: Path, *, labels_only: bool) -> StageOutput:
     from copy import deepcopy
 
-    from compressor.distil import loop, lora
     from compressor.models.rebuild import save_student
 
-    student = deepcopy(line.load())
-    for parameter in student.parameters():
-        parameter.requires_grad_(True)
-    data = run.data if stage.sequences is None or labels_only else with_sequences(run, stage.sequences)
-    if stage.lora is not None:
-        lora.adapt(student, stage.lora, run.recipe.seed)
+    student, work = deepcopy(line.load()), folder / "scratch"
+    if launched() > 1:
+        if stage.sequences is not None and not labels_only:
+            with_sequences(run, stage.sequences)  # stored, before the others ask for them
+        (work / START).mkdir(parents=True, exist_ok=True)
+        save_student(work / START, student, line.record)
+        order = {"stage": stage.model_dump(mode="json"), "labels_only": labels_only, "work": str(work)}
+        Processes().tell(order)
     monitor = None if labels_only else _monitor(run, folder)
-    result = loop.distil(
-        student,
-        run.teacher,
-        data,
-        stage,
-        seed=run.recipe.seed,
-        work=folder / "scratch",
-        bank=run.ledger.cache / "teacher",
-        labels_only=labels_only,
-        teacher_digest=run.model.provenance.digest,
-        signals=run.recipe.teacher.signals,
-        score=run.validation_score if monitor is None else partial(run.validation_score, watch=monitor.observe),
-        on_event=run.on_event if monitor is None else _both(monitor.on_event, run.on_event),
-        panel=run.panel,
-    )
-    if stage.lora is not None:
-        lora.merge(student)
+    score = run.validation_score if monitor is None else partial(run.validation_score, watch=monitor.observe)
+    on_event = run.on_event if monitor is None else _both(monitor.on_event, run.on_event)
+    result = _fit(run, student, stage, work, score, on_event, labels_only=labels_only)
     save_student(folder, student.eval(), [*line.record, *result.record])
     best = result.history[result.best_epoch]
     metrics: dict[str, float | int | str] = {
@@ -84,11 +82,68 @@ def _train(run: Run, line: Line, stage: DistilStage, folder: Path, *, labels_onl
     }
     if best.score is not None:
         metrics["validation"] = round(best.score, 6)
-    history = [{**vars(epoch), "terms": dict(epoch.terms)} for epoch in result.history]
+    if result.choosing_forwards:
+        metrics["choosing_forwards"] = result.choosing_forwards
+    history = [{**vars(epoch), "terms": dict(epoch.terms), "values": dict(epoch.values)} for epoch in result.history]
     (folder / "history.json").write_text(json.dumps(history, indent=1))
     if monitor is not None:
         (folder / "divergences.json").write_text(monitor.text())
     return StageOutput(metrics, result.facts)
+
+
+def follow(run: Run) -> None:
+    """What every process but the first does in a run of several: train along, and leave all else to the first."""
+    from compressor.models.rebuild import load_student
+
+    processes = Processes()
+    while (order := processes.hear()) is not None:
+        work = Path(order["work"])
+        student, stage = load_student(work / START, run.teacher), DistilStage.model_validate(order["stage"])
+        _fit(run, student, stage, work, run.validation_score, ignore_event, labels_only=order["labels_only"])
+
+
+def release() -> None:
+    """The first process lets the others go: nothing more is trained."""
+    if launched() > 1:
+        Processes().tell(None)
+
+
+def _fit(
+    run: Run,
+    student: nn.Module,
+    stage: DistilStage,
+    work: Path,
+    score: Callable[[nn.Module], float],
+    on_event: Event,
+    *,
+    labels_only: bool,
+) -> DistilResult:
+    """Train ``student`` in place; all processes of a run do this at the same time."""
+    from compressor.distil import loop, lora
+
+    for parameter in student.parameters():
+        parameter.requires_grad_(True)
+    data = run.data if stage.sequences is None or labels_only else with_sequences(run, stage.sequences)
+    if stage.lora is not None:
+        lora.adapt(student, stage.lora, run.recipe.seed)
+    result = loop.distil(
+        student,
+        run.teacher,
+        data,
+        stage,
+        seed=run.recipe.seed,
+        work=work,
+        bank=run.ledger.cache / "teacher",
+        labels_only=labels_only,
+        teacher_digest=run.model.provenance.digest,
+        signals=run.recipe.teacher.signals,
+        score=score,
+        on_event=on_event,
+        panel=run.panel,
+    )
+    if stage.lora is not None:
+        lora.merge(student)
+    return result
 
 
 def _monitor(run: Run, folder: Path) -> HackingMonitor | None:

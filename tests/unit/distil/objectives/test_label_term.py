@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: E402
 from compressor.data.types import DataBundle  # noqa: E402
 from compressor.distil.loop import distil  # noqa: E402
 from compressor.distil.objectives.base import Batch  # noqa: E402
-from compressor.distil.training import label_term  # noqa: E402
+from compressor.distil.step import label_term  # noqa: E402
 from compressor.recipe import DistilStage  # noqa: E402
 from tests.unit.distil.toy import Pictures, convnet  # noqa: E402
 

@@ -1,0 +1,144 @@
+"""Does a stage fit its task, its data and the way it is launched? Asked by the planner, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compressor.distil.objectives import registry
+from compressor.errors import CompressError, Problem
+from compressor.recipe import DistilStage
+from compressor.strategy import MixStrategy, MixupStrategy, SelectStrategy, SubsetStrategy
+from compressor.types import Array
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from compressor.data.types import DataBundle
+
+EMBEDDING_TASKS = frozenset({"sentence-embedding", "sentence-similarity", "retrieval"})
+UNLABELLED = -100
+
+
+def fit_problems(
+    stage: DistilStage,
+    where: str,
+    *,
+    task: str,
+    module: nn.Module,
+    example: Mapping[str, Tensor],
+    data: DataBundle,
+    processes: int = 1,
+) -> list[Problem]:
+    """Everything about one distil stage that would fail at its first step.
+
+    Args:
+        stage, where: the stage and its key in the recipe.
+        task: of the teacher.
+        module: the teacher, whose outputs the student's have the shape of.
+        example: model inputs of a few samples.
+        data: all parts.
+        processes: how many train together.
+    """
+    found = _embedding_problems(stage, where) if task in EMBEDDING_TASKS else []
+    found += _class_problems(where, module, example, data) if task.endswith("-classification") else []
+    found += _memory_problems(stage, where, module, processes)
+    found += _strategy_problems(stage, where, example)
+    if stage.data == "transfer" and "transfer" not in data.splits:
+        found.append(Problem(f"{where}.data", "there is no transfer part; give `data.transfer`"))
+    return found
+
+
+def _embedding_problems(stage: DistilStage, where: str) -> list[Problem]:
+    """Embeddings are no class scores, so nothing that reads probabilities out of them means anything."""
+    from compressor.distil.objectives.rows import LogitObjective
+
+    found = []
+    for number, item in enumerate(stage.objective):
+        try:
+            loaded = registry.get(item.use)
+        except CompressError:
+            continue  # reported by the check of the objectives
+        if issubclass(loaded, LogitObjective):
+            text = (
+                f"`{item.use}` compares class probabilities, and this model gives embeddings; use `cosine` or `hidden`"
+            )
+            found.append(Problem(f"{where}.objective.{number}.use", text))
+    for number, strategy in enumerate(stage.strategy):
+        if not isinstance(strategy, SubsetStrategy | MixupStrategy):
+            text = f"`{strategy.use}` reads class probabilities, and this model gives embeddings"
+            found.append(Problem(f"{where}.strategy.{number}.use", text))
+    return found
+
+
+def _class_problems(where: str, module: nn.Module, example: Mapping[str, Tensor], data: DataBundle) -> list[Problem]:
+    import torch
+
+    with torch.no_grad():
+        classes = int(module.eval()(**example).shape[-1])
+    found = []
+    for name, split in data.splits.items():
+        highest = _highest(split.labels)
+        if highest >= classes:
+            found.append(
+                Problem(f"{where}.labels", f"the labels of {name} go up to {highest}, the model has {classes} classes")
+            )
+    if len(data.labels) > classes:
+        text = f"the data names {len(data.labels)} classes, the model has {classes} outputs"
+        found.append(Problem(f"{where}.labels", text))
+    return found
+
+
+def _highest(labels: Array | None) -> int:
+    if labels is None or not np.issubdtype(np.asarray(labels).dtype, np.integer) or not np.size(labels):
+        return -1
+    return int(np.max(labels))
+
+
+def _memory_problems(stage: DistilStage, where: str, module: nn.Module, processes: int) -> list[Problem]:
+    found = []
+    if stage.checkpoint_activations:
+        from compressor.distil.activations import blocks
+
+        if not blocks(module):
+            text = "the model has neither a list of layers nor a Sequential to compute again"
+            found.append(Problem(f"{where}.checkpoint_activations", text))
+    cut = stage.accumulate > 1 or processes > 1
+    if stage.rollouts is not None and stage.rollouts.fraction > 0 and cut:
+        text = "`rollouts` writes whole batches: leave `accumulate` out and launch one process"
+        found.append(Problem(f"{where}.rollouts", text))
+    return found
+
+
+def _strategy_problems(stage: DistilStage, where: str, example: Mapping[str, Tensor]) -> list[Problem]:
+    found = []
+    kinds = [type(strategy) for strategy in stage.strategy]
+    for kind in (SelectStrategy, MixStrategy, MixupStrategy):
+        if kinds.count(kind) > 1:
+            found.append(Problem(f"{where}.strategy", f"more than one `{_name(stage, kind)}`"))
+    if MixupStrategy in kinds:
+        if any(not tensor.is_floating_point() for tensor in example.values()):
+            found.append(Problem(f"{where}.strategy", "`mixup` blends pictures, and this model reads token numbers"))
+        if stage.cache == "on":
+            found.append(
+                Problem(f"{where}.cache", "`mixup` shows the teacher new blends at every step: nothing can be cached")
+            )
+    if stage.rollouts is not None and any(kind in kinds for kind in (SelectStrategy, MixupStrategy)):
+        found.append(Problem(f"{where}.strategy", "`select` and `mixup` do not work with `rollouts`"))
+    return found
+
+
+def _name(stage: DistilStage, kind: type) -> str:
+    return next(strategy.use for strategy in stage.strategy if isinstance(strategy, kind))
+
+
+def warnings(stage: DistilStage, module: nn.Module, processes: int) -> Sequence[str]:
+    """What works, but not as one might think."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    pieces = stage.accumulate * processes
+    if pieces > 1 and any(isinstance(part, _BatchNorm) for part in module.modules()):
+        return (f"batch normalisation sees pieces of {stage.batch // pieces} samples, not the batch of {stage.batch}",)
+    return ()

@@ -1,0 +1,79 @@
+"""Two processes over gloo train what one process trains; only the first writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+pytestmark = [pytest.mark.train, pytest.mark.slow]
+ROOT = Path(__file__).parents[3]
+SETTINGS = {
+    "kind": "distil",
+    "epochs": 3,
+    "batch": 16,
+    "precision": "fp32",
+    "patience": 3,
+    "ema": 0.9,
+    "labels": 0.5,
+    "objective": [{"use": "kd"}, {"use": "hidden", "weight": 0.2}],
+}
+
+
+def train(folder, settings):
+    """Called in every process: ragged text, part of it unlabelled."""
+    from compressor.distil.loop import distil
+    from compressor.distil.processes import is_main
+    from compressor.recipe import DistilStage
+    from tests.unit.distil.toy import Sentences, bundle, transformer
+
+    student = transformer(2, 1, 8)
+    result = distil(
+        student, transformer(4, 2), bundle(Sentences, transfer=25), DistilStage.model_validate(settings),
+        seed=3, work=folder / "work", bank=folder / "bank", teacher_digest="t", signals={},
+    )  # fmt: skip
+    if is_main():
+        torch.save(student.state_dict(), folder / "student.pt")
+        history = [(record.loss, record.score, dict(record.terms)) for record in result.history]
+        (folder / "history.json").write_text(json.dumps([history, result.teacher_forwards, result.steps]))
+    else:
+        (folder / "other.json").write_text(json.dumps(result.steps))
+
+
+def launch(folder, settings, processes):
+    folder.mkdir()
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        str(Path(__file__)), str(folder), json.dumps(settings),
+    ]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=env, check=True)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_give_the_curve_of_one(tmp_path, accumulate):
+    (tmp_path / "one").mkdir()
+    train(tmp_path / "one", SETTINGS)
+    launch(tmp_path / "two", SETTINGS | {"accumulate": accumulate}, 2)
+    one, two = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("one", "two"))
+    assert (tmp_path / "two" / "other.json").exists()  # the second process really took part
+    assert one[2] == two[2]
+    for (loss, score, terms), (other_loss, other_score, other_terms) in zip(one[0], two[0], strict=True):
+        assert other_loss == pytest.approx(loss, abs=1e-4)
+        assert other_score == pytest.approx(score, abs=0.05)
+        assert other_terms == pytest.approx(terms, abs=1e-4)
+    left, right = (torch.load(tmp_path / name / "student.pt", weights_only=True) for name in ("one", "two"))
+    assert max(float((left[name] - right[name]).abs().max()) for name in left) < 1e-4
+    assert len(list((tmp_path / "two" / "work").iterdir())) == 1
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train(Path(sys.argv[1]), json.loads(sys.argv[2]))
