@@ -59,10 +59,11 @@ def default_of(field: Any) -> str:
 def comments(model: type[BaseModel]) -> dict[str, str]:
     """The trailing comment of each field in the source, which is its explanation."""
     found = {}
-    for line in inspect.getsource(model).splitlines():
-        name, _, rest = line.strip().partition(":")
-        if name.isidentifier() and "#" in rest:
-            found[name] = rest.split("#", 1)[1].strip()
+    for kind in reversed([kind for kind in model.__mro__ if kind.__module__.startswith("compressor.")]):
+        for line in inspect.getsource(kind).splitlines():
+            name, _, rest = line.strip().partition(":")
+            if name.isidentifier() and "#" in rest:
+                found[name] = rest.split("#", 1)[1].strip()
     return found
 
 
@@ -87,6 +88,7 @@ def recipe_page() -> str:
     sections = {
         "top level": recipe.Recipe,
         "[teacher]": recipe.TeacherConfig,
+        "[[teacher.more]]": recipe.MoreTeacher,
         "[data]": recipe.DataConfig,
         "[data.preprocess]": recipe.ImagePreprocess,
         "[accept]": recipe.AcceptConfig,
@@ -123,13 +125,40 @@ def profiles_page() -> str:
 
 
 def methods_page() -> str:
+    from compressor.distil.catalogue import recipe_of
     from compressor.distil.objectives.registry import describe, names
 
     parts = [HEADER + '# Distillation objectives\n\nNamed in a recipe as `[[stage.objective]] use = "name"`.\n']
     for item in map(describe, names()):
         options = "".join(f"- `{name}`: {kind}, default `{default}`\n" for name, kind, default in item.options)
-        parts.append(f"## `{item.name}`\n\n{inspect.cleandoc(item.text)}\n" + (f"\n{options}" if options else ""))
-    return "\n".join(parts)
+        paste = f"\n```toml\n{recipe_of(item.name)}\n```\n"
+        text = f"## `{item.name}`\n\n{inspect.cleandoc(item.text)}\n"
+        parts.append(text + (f"\n{options}" if options else "") + paste)
+    return "\n".join([*parts, *catalogue_table()])
+
+
+def catalogue_table() -> list[str]:
+    """Every row of the methods catalogue: built, a recipe, or not offered and why; then the recipes."""
+    from compressor.distil.catalogue import rows
+
+    found = rows()
+    counts = {status: sum(row.status == status for row in found) for status in ("built", "recipe", "not offered")}
+    lines = [
+        "# The catalogue",
+        "",
+        f"{len(found)} rows: {', '.join(f'{count} {status}' for status, count in counts.items())}.",
+        "",
+        "| id | method | status | |",
+        "|---|---|---|---|",
+    ]
+    for row in found:
+        what = ", ".join(f"`{name}`" for name in row.built) or row.part or row.reason or "recipe below"
+        lines.append(f"| {row.id} | {row.title} | {row.status} | {what}{f'; {row.note}' if row.note else ''} |")
+    lines.append("")
+    for row in found:
+        if row.recipe:
+            lines += [f"## {row.id}: {row.title}", "", "```toml", row.recipe, "```", ""]
+    return lines
 
 
 def main() -> int:
