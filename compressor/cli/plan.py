@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compressor.cli.output import facts, stdout_json, table
-from compressor.cli.session import Request, open_session
+from compressor.cli.session import Request, Session, open_session
 from compressor.errors import TargetUnavailable
 
 
@@ -51,7 +51,28 @@ def plan_command(request: Request, *, as_json: bool) -> int:
             print(f"{item.profile}: no {name}: {reason}")
         if item.missing:
             print(f"{item.profile}: target is missing here: {item.missing}")
+    _propose(session)
     print(f"accept: {plan.recipe.accept.model_dump(exclude_none=True)}")
     for warning in plan.warnings:
         print(f"note: {warning}")
     return code
+
+
+def _propose(session: Session) -> None:
+    """What the rules would choose for this task, data and device, with the reasons."""
+    from compressor.recommend import facts_of, recommend
+
+    splits, model = session.data.splits, session.model
+    kind = "onnx" if model.module is None else "transformer" if _attends(session) else "cnn"
+    labelled = len(splits["train"]) if splits["train"].labels is not None else 0
+    unlabelled = (len(splits["transfer"]) if "transfer" in splits else 0) + (0 if labelled else len(splits["train"]))
+    given = facts_of(model.task, len(model.labels), labelled, unlabelled, kind, session.recipe.profiles)
+    print("the rules would choose (`compress-for-device recommend` prints the recipe):")
+    for reason in recommend(given).reasons:
+        print(f"  {reason}")
+
+
+def _attends(session: Session) -> bool:
+    from compressor.models.signals import available
+
+    return session.model.module is not None and "qkv" in available(session.model.module)

@@ -112,7 +112,7 @@ class PanelTap:
         for teacher in self.panel.teachers:
             wanted = self._wanted(teacher.name)
             if wanted:
-                own = self.data if teacher.splits is None else _set_of(teacher.splits)
+                own = self.data if teacher.splits is None else _set_of(teacher.splits, self.data.rows)
                 self.members.append(Member(teacher, self._tap(teacher, wanted), wanted, own))
         return self
 
@@ -169,8 +169,10 @@ class PanelTap:
         return merged
 
 
-def _set_of(splits: Mapping[str, Any]) -> TrainingSet:
-    return TrainingSet([splits[name] for name in ("train", "transfer") if name in splits and len(splits[name])])
+def _set_of(splits: Mapping[str, Any], rows: Array | None) -> TrainingSet:
+    """The samples of the student's training set as another teacher sees them, in the same order."""
+    found = TrainingSet([splits[name] for name in ("train", "transfer") if name in splits and len(splits[name])])
+    return found if rows is None else found.take(rows)
 
 
 def combined(logits: Sequence[Tensor], weights: Tensor, *, embedding: bool = False) -> Tensor:
@@ -259,10 +261,16 @@ class Ensemble:
 
     def __init__(self, tap: PanelTap, sources: Sequence[TeacherSource], base: Tensor, seed: int) -> None:
         self._tap, self._sources, self.base, self._seed = tap, tuple(sources), base, seed
+        self._more = 0
 
     @property
     def forwards(self) -> int:
-        return sum(source.forwards for source in self._sources)
+        """Samples that the teachers saw, all together."""
+        return self._more + sum(source.forwards for source in self._sources)
+
+    @forwards.setter
+    def forwards(self, value: int) -> None:
+        self._more += value - self.forwards
 
     def prepare(self, view: int) -> None:
         """Fill every bank that this epoch reads."""
@@ -318,13 +326,14 @@ def sources(
     for member in tap.members:
         teacher, load = member.teacher, partial(sight.load, member)
         if not cached:
-            found.append(OnlineTeacher(member.tap, autocast, load))
+            own = teacher.clean or teacher.splits is not None  # otherwise it sees the very batch, blended or generated
+            found.append(OnlineTeacher(member.tap, autocast, load if own else None))
             continue
         names = () if teacher.clean else sight.augment
         digest = teacher.model.provenance.digest
         key = BankKey(digest, member.data.digest, names, sight.seed if names else 0, 0, teacher.tokenizer)
-        own = {name: layouts[f"{teacher.name}:{name}"] for name in member.names}
-        found.append(CachedTeacher(member.tap, root, _key(key, still=teacher.clean), own, load, member.data))
+        lie = {name: layouts[f"{teacher.name}:{name}"] for name in member.names}
+        found.append(CachedTeacher(member.tap, root, _key(key, still=teacher.clean), lie, load, member.data))
     return found
 
 

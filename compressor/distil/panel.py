@@ -15,6 +15,7 @@ from compressor.errors import PlanError, Problem
 from compressor.models.load import load_model
 from compressor.models.types import ImageInput, LoadedModel, TextInput
 from compressor.recipe import DataConfig, DistilStage, MoreTeacher, Recipe, TeacherConfig, TeacherView
+from compressor.strategy import MixupStrategy
 from compressor.types import TensorSpec
 
 MAIN = "main"
@@ -235,6 +236,10 @@ def view_problems(
         problems += [Problem(f"{where}.cache_logits", f"`{use}` reads all logits; only `kd` does not") for use in full]
     for teacher in panel.teachers if panel is not None else ():
         text = isinstance(teacher.model.preprocess, TextInput)
+        made = stage.rollouts is not None or any(isinstance(item, MixupStrategy) for item in stage.strategy)
+        if made and (teacher.clean or teacher.splits is not None):
+            what = f"teacher `{teacher.name}` has a view of its own, but this stage makes its inputs while it trains"
+            problems.append(Problem(where, what))
         moved = teacher.splits is not None or (teacher.clean and "token-drop" in stage.augment)
         for name in names:
             owner, _, signal = name.rpartition(":")
