@@ -66,7 +66,7 @@ def _propose(session: Session) -> None:
     kind = "onnx" if model.module is None else "transformer" if _attends(session) else "cnn"
     labelled = len(splits["train"]) if splits["train"].labels is not None else 0
     unlabelled = (len(splits["transfer"]) if "transfer" in splits else 0) + (0 if labelled else len(splits["train"]))
-    given = facts_of(model.task, len(model.labels), labelled, unlabelled, kind, session.recipe.profiles)
+    given = facts_of(model.task, max(2, len(model.labels)), labelled, unlabelled, kind, session.recipe.profiles)
     print("the rules would choose (`compress-for-device recommend` prints the recipe):")
     for reason in recommend(given).reasons:
         print(f"  {reason}")
