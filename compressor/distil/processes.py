@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from compressor.types import Array
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -76,6 +78,12 @@ class Processes:
         import torch
 
         return number if self.count == 1 else int(self.add(torch.tensor(number, dtype=torch.int64)))
+
+    def agreed(self, values: Array) -> Array:
+        """The first process's values on all of them, which may bring other numbers but the same shape."""
+        import torch
+
+        return values if self.count == 1 else self.share(torch.from_numpy(values.copy())).numpy()
 
     def tell(self, order: Mapping[str, Any] | None) -> None:
         """The first process gives the others an order, or None: there is nothing more to do."""

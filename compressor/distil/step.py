@@ -282,8 +282,8 @@ def _blend(inputs: Mapping[str, Tensor], partners: Mapping[str, Tensor], share: 
 def label_term(logits: Tensor, batch: Batch, partners: Tensor | None = None, share: float = 1.0) -> Term:
     """Cross-entropy with the labels; samples (or tokens) without one count neither in the sum nor in the count.
 
-    Several labels a sample, (B, C) for logits (B, C), are taught by :func:`binary_label_term`. With ``partners`` (labels of
-    blended samples) each label counts by its share; an unknown partner leaves all to the sample's own.
+    Several labels a sample, (B, C) for logits (B, C), are taught by :func:`binary_label_term`. With
+    ``partners`` (labels of blended samples) each label counts by its share; an unknown partner leaves all to the own.
     """
     labels = batch.labels
     assert labels is not None  # the loop always gives labels, -100 where there is none

@@ -50,6 +50,11 @@ class TrainingSet:
             return found
         return found.take(np.flatnonzero(found.owners == (1 if which == "transfer" else 0)))
 
+    @property
+    def rows(self) -> Array | None:
+        """Which samples of ``train`` and then ``transfer`` this set holds, in order; None: all of them."""
+        return self._rows
+
     def take(self, kept: Array, labels: Array | None = None) -> TrainingSet:
         """These samples alone, addressed from 0; with ``labels`` (one for each of ours) in the place of their own."""
         made = copy.copy(self)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from compressor.distil.stream import TrainingSet
+from compressor.errors import StageError
 from compressor.recipe import DistilStage
 from compressor.strategy import MixStrategy, MixupStrategy, SelectStrategy
 from compressor.types import Array
@@ -114,6 +115,8 @@ class Stream:
 
 def domains(data: TrainingSet, by: str) -> list[Array]:
     """Positions of each domain: the parts of the data, or the classes (samples without one are a domain too)."""
+    if by == "label" and data.labels.ndim != 1:
+        raise StageError("mix by label needs one class a sample", hint='Set by = "part".')
     keys = data.owners if by == "part" else data.labels
     return [np.flatnonzero(keys == key) for key in np.unique(keys)]
 

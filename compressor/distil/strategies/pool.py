@@ -58,6 +58,12 @@ class Pool:
             if len(self.kept) < 2:
                 raise StageError(f"the strategy `{strategy.use}` leaves {len(self.kept)} samples to train on")
 
+    def _known(self) -> Array:
+        """Of the kept samples: has it a label (any, where a sample has several)?"""
+        known = self.labels[self.kept] != UNLABELLED
+        found: Array = known if known.ndim == 1 else known.reshape(len(known), -1).any(1)
+        return found
+
     def _of(self, part: str) -> Array:
         """Positions of the kept samples of a part."""
         own = self.data.owners[self.kept]
@@ -92,12 +98,12 @@ class Pool:
         )
 
     def _label(self, strategy: PseudoLabelStrategy) -> None:
-        judged = self.kept[self.labels[self.kept] == UNLABELLED]
+        judged = self.kept[~self._known()]
         sure = 0
         for chunk in _chunks(judged):
             logits, _ = self.teacher(chunk)
-            if logits.dim() != 2:
-                raise StageError("pseudo-label needs one class a sample", hint="Sequences learn with `sequence` terms.")
+            if logits.dim() != 2 or self.labels.ndim != 1:
+                raise StageError("pseudo-label needs one class a sample", hint="Leave the strategy out.")
             best, guess = torch.softmax(logits.float(), -1).max(-1)
             take = (best >= strategy.threshold).numpy()
             self.labels[chunk[take]] = guess.numpy()[take]
@@ -105,7 +111,7 @@ class Pool:
         self.on_event("strategy", {"text": f"pseudo-label: {sure} of {len(judged)} samples"})
 
     def _query(self, strategy: QueryStrategy, random: np.random.Generator) -> None:
-        judged = self.kept[self.labels[self.kept] == UNLABELLED]
+        judged = self.kept[~self._known()]
         if not len(judged):
             return
         budget = round(strategy.budget) if strategy.budget >= 1 else max(1, round(strategy.budget * len(judged)))

@@ -214,10 +214,10 @@ def test_not_a_number_stops_with_the_step_and_keeps_the_checkpoint(tmp_path):
     data = bundle()
     data.splits["train"].pictures[7] = np.nan
     order_of_7 = None
-    from compressor.distil.loop import _seed
+    from compressor.distil.setup import seed_of
     from compressor.distil.stream import TrainingSet
 
-    batches = TrainingSet.of(data).order(0, 16, _seed(3, "order"))
+    batches = TrainingSet.of(data).order(0, 16, seed_of(3, "order"))
     order_of_7 = next(i for i, batch in enumerate(batches) if 7 in batch)
     with pytest.raises(StageError, match=rf"nan at step {order_of_7} \(epoch 0\)") as caught:
         run(tmp_path, stage(), data=data, labels_only=True)

@@ -68,11 +68,11 @@ def test_pieces_give_the_gradient_of_the_whole_batch(tmp_path):
 def test_dividing_each_piece_by_its_own_count_would_be_wrong(tmp_path):
     """The pieces really are ragged: labels and tokens per piece differ."""
     data = bundle(Sentences, transfer=24)
-    from compressor.distil.loop import _seed
+    from compressor.distil.setup import seed_of
     from compressor.distil.stream import TrainingSet
 
     found = TrainingSet.of(data)
-    order = found.order(0, 16, _seed(3, "order"))
+    order = found.order(0, 16, seed_of(3, "order"))
     known = [[int((found.labels[part] >= 0).sum()) for part in np.array_split(batch, 3)] for batch in order]
     assert any(len(set(counts)) > 1 for counts in known)
 
