@@ -156,7 +156,15 @@ def test_an_onnx_file_teaches_logits(tmp_path: Path) -> None:
 
     second, main = convnet(6, 9), convnet(8, 6)
     path, spec = tmp_path / "second.onnx", loaded(second, "second")
-    export_onnx(second, {"image": np.zeros((2, 1, 12, 12), np.float32)}, spec.inputs, spec.outputs, path)
+    export_onnx(
+        second,
+        {"image": np.zeros((2, 1, 12, 12), np.float32)},
+        spec.inputs,
+        spec.outputs,
+        path,
+        name="second",
+        metadata={},
+    )
     file = Teacher("second", loaded(None, "second", onnx=path), 1.0, False, None)
     first = Teacher("main", loaded(main, "main"), 1.0, False, None)
     by_file, _, _ = run(tmp_path / "a", Panel((first, file), "fixed", 0.0), main)
