@@ -22,6 +22,7 @@ from compressor.types import Array
 TEST_SIDE = ("test", "fresh")
 HASHED_SIDE = 64  # compressed pictures of any size are compared at this side
 BLOCK = 1024
+DECODE_LIMIT = 50_000  # pictures that stay compressed: decoding more of them before a run takes minutes
 Rows = Mapping[str, tuple[str, Array]]
 
 
@@ -78,10 +79,13 @@ def _refuse(found: Sequence[NearDuplicates]) -> None:
 
 
 def _hashes(part: RawPart, store: Any) -> near.Hashes | None:
-    """None for plain arrays: what is near there, only their owner knows."""
+    """None for plain arrays (what is near there, only their owner knows) and for too many compressed pictures."""
     if part.kind == "texts":
         return near.text_hashes(part.samples)
     if part.kind not in {"pictures", "files"} or len(part) == 0:
+        return None
+    decoded = store.samples if isinstance(store, PictureStore) else part.samples
+    if not isinstance(decoded, np.ndarray) and len(part) > DECODE_LIMIT:
         return None
     return near.picture_hashes(_pictures(part, store))
 
