@@ -124,8 +124,7 @@ def test_a_layer_that_saturates_is_named_and_seven_bits_cure_it(tmp_path):
     assert not [fact for fact in made.facts if fact.action == "saturates"]
 
 
-def test_the_emulated_sums_are_those_of_the_convolution(cnn, tmp_path):
-    """Exact sums, scaled, give the float result of the quantized layer: unfolding has the right order."""
+def test_every_quantized_layer_is_emulated(cnn, tmp_path):
     made = onnx.load(quantize(cnn, PER_CHANNEL, CPU, images, tmp_path / "q.onnx").path)
     for layer in saturation(made, images):
         assert 0 <= layer.share < 1
