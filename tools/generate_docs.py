@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from compressor import recipe
+from compressor import recipe, schedule, strategy
 from compressor.profile import load_profile, profile_names
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -78,10 +78,16 @@ def table_of(title: str, model: type[BaseModel]) -> str:
         "|---|---|---|---|",
     ]
     for name, field in model.model_fields.items():
-        if name == "kind":
+        if name in ("kind", "use") and len(typing.get_args(field.annotation)) == 1:
             continue
-        lines.append(f"| `{name}` | {type_name(field.annotation)} | {default_of(field)} | {notes.get(name, '')} |")
+        lines.append(f"| `{field.alias or name}` | {type_name(field.annotation)} | {default_of(field)} | {notes.get(name, '')} |")
     return "\n".join(lines) + "\n"
+
+
+def strategy_tables() -> dict[str, type[BaseModel]]:
+    """The data strategies by the name that a recipe gives them."""
+    models = typing.get_args(typing.get_args(strategy.Strategy)[0])
+    return {typing.get_args(model.model_fields["use"].annotation)[0]: model for model in models}
 
 
 def recipe_page() -> str:
@@ -97,6 +103,8 @@ def recipe_page() -> str:
         '[[stage]] kind = "distil"': recipe.DistilStage,
         "[[stage.objective]]": recipe.ObjectiveConfig,
         "match": recipe.Match,
+        "schedule: a weight or option that changes": schedule.Schedule,
+        **{f'[[stage.strategy]] use = "{name}"': model for name, model in strategy_tables().items()},
         '[[stage]] kind = "quantize"': recipe.QuantizeStage,
     }
     head = (
