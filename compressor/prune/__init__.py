@@ -74,7 +74,7 @@ def prune(
     ``example`` and the batches of ``calibration`` are inputs by name, batch first. ``calibration`` is read several
     times (a list or a data loader; a generator is read into memory). ``round_to`` is the device's channel multiple.
     With ``repair`` the removed units' mean contribution moves into the next bias, and batch-norm statistics are
-    re-estimated.
+    mended where that brings the outputs on calibration data nearer to the teacher's.
 
     Raises :class:`PlanError` for what :func:`check` finds, :class:`StageError` when activation importance has no data.
     """
@@ -211,20 +211,18 @@ def _repair(
 ) -> _Width:
     from compressor.models.rebuild import replay
     from compressor.models.structure.surgery import mask
-    from compressor.prune.repair import compensate, copy_statistics, reestimate_batch_norm
+    from compressor.prune.repair import compensate, mend_batch_norm
 
     record, facts = done
+    teacher = copy.deepcopy(work)
     biased = compensate(work, cuts, means)
     student, masked = replay(work, record), mask(work, cuts)
-    norms = reestimate_batch_norm(student, batches) if cuts else []
-    copy_statistics(student, masked, cuts, norms)
+    norms, how = mend_batch_norm(teacher, masked, student, cuts, batches) if cuts else ([], "")
     facts = facts + [
         LayerFact("prune", name, "bias-compensated", "", "", "mean input from the units that went") for name in biased
     ]
     if norms:
-        facts.append(
-            LayerFact("prune", "batch norm", "re-estimated", "", f"{len(norms)} layers", "on calibration data")
-        )
+        facts.append(LayerFact("prune", "batch norm", "mended", "", f"{len(norms)} layers", f"statistics {how}"))
     return _Width(student, masked, record, facts)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -11,8 +13,8 @@ from torch import nn  # noqa: E402
 
 from compressor.models.structure.scores import ActivationStatistics, score  # noqa: E402
 from compressor.models.structure.units import find_groups  # noqa: E402
-from compressor.prune import prune  # noqa: E402
-from compressor.prune.repair import reestimate_batch_norm  # noqa: E402
+from compressor.prune import Pruned, prune  # noqa: E402
+from compressor.prune.repair import statistics_on  # noqa: E402
 from compressor.recipe import PruneStage  # noqa: E402
 from tests.unit.prune.topologies import build, images  # noqa: E402
 
@@ -105,17 +107,73 @@ def test_bias_compensation_is_exact_for_constant_units() -> None:
     assert not torch.allclose(plain.module(data["x"]), wanted, atol=1e-2)
 
 
-def test_batch_norm_reestimation_gives_the_statistics_of_the_data() -> None:
+class Normed(nn.Module):
+    """A convolution and its norm, read by a second convolution and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU())
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.first(x)).mean(dim=(2, 3)))
+
+
+def normed(seed: int = 0) -> Normed:
+    """With running statistics of data of mean 0 and deviation 1."""
+    torch.manual_seed(seed)
+    module = Normed().train()
+    for _ in range(60):
+        module(torch.randn(64, 3, 4, 4))
+    return module.eval()
+
+
+def mended(module: Normed, data: list[dict[str, torch.Tensor]], ratio: float) -> tuple[Pruned, str]:
+    done = prune(module, {"x": data[0]["x"][:2]}, PruneStage(kind="prune", channels=ratio), data)
+    fact = next((fact.reason for fact in done.facts if fact.layer == "batch norm"), "")
+    return done, fact
+
+
+def test_statistics_on_data_are_those_of_the_data() -> None:
     module = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5)).eval()
     batches = [{"input": torch.randn(20, 3, 4, 4, generator=torch.Generator().manual_seed(s)) * 3 + 1} for s in (0, 1)]
-    assert reestimate_batch_norm(module, batches) == ["0"]
+    mean, variance = statistics_on(module, batches)["0"]
     stacked = torch.cat([batch["input"] for batch in batches])
-    assert torch.allclose(module[0].running_mean, stacked.mean(dim=(0, 2, 3)), atol=1e-5)
-    assert torch.allclose(module[0].running_var, stacked.var(dim=(0, 2, 3)), rtol=0.02)
+    assert torch.allclose(mean, stacked.mean(dim=(0, 2, 3)), atol=1e-5)
+    assert torch.allclose(variance, stacked.var(dim=(0, 2, 3)), rtol=0.02)
+    assert module[0].running_mean.abs().max() == 0
     assert (module[0].momentum, module[0].training) == (0.1, False)
 
 
+def test_mending_brings_the_outputs_nearer_to_the_teachers() -> None:
+    module = normed()
+    data = [{"x": torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(s))} for s in (1, 2)]
+    done, how = mended(module, data, 0.5)
+    plain = prune(module, {"x": data[0]["x"][:2]}, PruneStage(kind="prune", channels=0.5), data, repair=False)
+    wanted = module(data[0]["x"])
+    assert how.startswith("statistics ")
+    assert (done.module(data[0]["x"]) - wanted).square().mean() < (plain.module(data[0]["x"]) - wanted).square().mean()
+    assert torch.allclose(done.module(data[0]["x"]), done.masked(data[0]["x"]), atol=1e-5)
+
+
+def test_data_unlike_the_teachers_does_not_replace_its_statistics() -> None:
+    """Calibration pictures five deviations away: their own statistics would undo what the teacher makes of them."""
+    module = normed()
+    data = [{"x": torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(s)) + 5} for s in (1, 2)]
+    done, how = mended(module, data, 0.3)
+    assert how != "statistics estimated again on calibration data"
+    renewed = copy.deepcopy(done.module)
+    for name, (mean, variance) in statistics_on(done.module, data).items():
+        renewed.get_submodule(name).running_mean.copy_(mean)
+        renewed.get_submodule(name).running_var.copy_(variance)
+    wanted, x = module(data[0]["x"]), data[0]["x"]
+    assert (done.module(x) - wanted).square().mean() < (renewed(x) - wanted).square().mean()
+
+
 def test_batch_norm_is_left_alone_with_too_few_samples() -> None:
-    module = nn.Sequential(nn.BatchNorm2d(3)).eval()
-    assert reestimate_batch_norm(module, [{"input": torch.randn(8, 3, 4, 4) + 5}]) == []
-    assert module[0].running_mean.abs().max() == 0
+    module = normed()
+    done, how = mended(module, [{"x": torch.randn(8, 3, 4, 4)}], 0.5)
+    assert how == ""
+    kept = torch.isin(module.first[1].running_mean, done.module.first[1].running_mean).sum()
+    assert kept == len(done.module.first[1].running_mean)
