@@ -182,7 +182,7 @@ class Setup:
         """Put the objectives' parts into the student, the same ones for the same seed."""
         self.changes = Changes(changing(weighted))
         with torch.random.fork_rng():
-            torch.manualseed_of(seed_of(self.seed, "heads"))
+            torch.manual_seed(seed_of(self.seed, "heads"))
             self.changes.install(self.student.eval(), self._load(PLAIN, self._few(), 0))
         self.student.to(self.device)
 
@@ -205,7 +205,7 @@ class Setup:
         if not fresh or not found:
             return
         seen = passes.SetPass(self.data, partial(self._load, PLAIN), source, self.student, tap)
-        generator = torch.Generator().manualseed_of(seed_of(self.seed, "survey"))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "survey"))
         for item in found:
             self.on_event("note", {"text": f"{item.name}: a pass over the training set"})
             item.objective.survey(seen, generator)  # type: ignore[attr-defined]  # filtered above
@@ -240,7 +240,7 @@ class Setup:
             inputs = self._load(PLAIN, self._few(), 0)
             self.student.eval()
             seen, taught = tap(inputs), teacher(inputs) if teacher is not None else {}
-            generator = torch.Generator().manualseed_of(seed_of(self.seed, "projectors"))
+            generator = torch.Generator().manual_seed(seed_of(self.seed, "projectors"))
             for item in weighted:
                 item.objective.prepare(Context(seen, taught, generator, self.device, int(seen["logits"].shape[-1])))
             if isinstance(teacher, PanelTap):
