@@ -53,11 +53,11 @@ def load_data(
         config.duplicates,
         lambda name, row: raw.parts[rows[name][0]].show(int(rows[name][1][row])),
     )
-    kept = {name: (home, index[clean.keep[name]]) for name, (home, index) in rows.items()}
+    clean_rows = {name: (home, index[clean.keep[name]]) for name, (home, index) in rows.items()}
     stores, tags = _stores(raw, config, model)
     labels |= tags
     _need_labels(labels, model)
-    kept, near = check_near(raw, kept, config, stores)
+    kept, near = check_near(raw, clean_rows, config, stores)
     _refuse_empty(kept)
     exact = {name: part.digests() if part.kind == "texts" else keys[name] for name, part in raw.parts.items()}
     splits = {

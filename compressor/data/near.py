@@ -84,7 +84,9 @@ def picture_hashes(pictures: Iterator[Array]) -> PictureHashes:
 
 
 def _grey(batch: Array) -> Array:
-    return batch[..., 0].astype(np.float32) if batch.shape[-1] == 1 else batch.mean(axis=-1, dtype=np.float32)
+    if batch.shape[-1] == 1:
+        return np.asarray(batch[..., 0], np.float32)
+    return np.asarray(batch.mean(axis=-1, dtype=np.float32))
 
 
 def _sides(pictures: Array, matrix: Array) -> Array:
