@@ -102,7 +102,7 @@ def _areas(size: int, wanted: int) -> Array:
     low, high = edges[:-1, None], edges[1:, None]
     pixels = np.arange(size)[None]
     cover = np.clip(np.minimum(high, pixels + 1) - np.maximum(low, pixels), 0, 1)
-    return (cover / cover.sum(axis=1, keepdims=True)).astype(np.float32)
+    return np.asarray(cover / cover.sum(axis=1, keepdims=True), np.float32)
 
 
 def text_hashes(texts: Sequence[str | tuple[str, str]]) -> TextHashes:
