@@ -80,7 +80,9 @@ def table_of(title: str, model: type[BaseModel]) -> str:
     for name, field in model.model_fields.items():
         if name in ("kind", "use") and len(typing.get_args(field.annotation)) == 1:
             continue
-        lines.append(f"| `{field.alias or name}` | {type_name(field.annotation)} | {default_of(field)} | {notes.get(name, '')} |")
+        lines.append(
+            f"| `{field.alias or name}` | {type_name(field.annotation)} | {default_of(field)} | {notes.get(name, '')} |"
+        )
     return "\n".join(lines) + "\n"
 
 

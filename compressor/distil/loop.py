@@ -92,9 +92,9 @@ def distil(
         training = Training(parts, config, path, constant, judge, on_event, checkpoint_seconds)
         torch.manual_seed(seed_of(seed, "dropout") + setup.processes.rank)  # after the probes, which draw numbers too
         if state is None:
-            training.progress.forwards = (
-                parts.teacher.forwards + setup.choosing.asked
-            )  # of strategies and objectives' passes
+            # strategies and objectives may have asked both models already
+            training.progress.forwards = parts.teacher.forwards + setup.choosing.asked
+            training.progress.choosing = setup.choosing.tried
             training.save()  # the decisions are on disk before anything depends on them
         else:
             training.restore(state)

@@ -17,17 +17,19 @@ from compressor.types import Array
 if TYPE_CHECKING:
     from torch import Tensor
 
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # torchrun, then kinds of MPI
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 PATIENCE = timedelta(days=7)  # a process may wait this long while the first one exports and measures
 
 
 def launched() -> int:
     """How many processes were launched together; 1 without a launcher. Needs no torch."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return max(1, *(int(os.environ.get(name, "1")) for name in _SIZES))
 
 
 def is_main() -> bool:
     """Is this the process that writes? Needs no torch."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return not any(int(os.environ.get(name, "0")) for name in _RANKS)
 
 
 class Processes:
@@ -37,11 +39,17 @@ class Processes:
         import torch
 
         self.rank, self.count = 0, 1
+        self._control: Any = None  # the group for tensors in main memory; None: the default one
         if launched() > 1:
             from accelerate import PartialState
 
             state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
             self.rank, self.count = int(state.process_index), int(state.num_processes)
+            if state.device.type != "cpu":
+                self._control = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+    def _group(self, tensor: Tensor) -> Any:
+        return self._control if tensor.device.type == "cpu" else None
 
     @property
     def main(self) -> bool:
@@ -52,7 +60,7 @@ class Processes:
         if self.count > 1:
             from torch import distributed
 
-            distributed.all_reduce(tensor)
+            distributed.all_reduce(tensor, group=self._group(tensor))
         return tensor
 
     def share(self, tensor: Tensor) -> Tensor:
@@ -60,7 +68,7 @@ class Processes:
         if self.count > 1:
             from torch import distributed
 
-            distributed.broadcast(tensor, 0)
+            distributed.broadcast(tensor, 0, group=self._group(tensor))
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -70,7 +78,7 @@ class Processes:
         if self.count == 1:
             return tensor[None]
         rows = [torch.empty_like(tensor) for _ in range(self.count)]
-        torch.distributed.all_gather(rows, tensor)
+        torch.distributed.all_gather(rows, tensor, group=self._group(tensor))
         return torch.stack(rows)
 
     def total(self, number: int) -> int:

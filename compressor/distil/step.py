@@ -160,7 +160,7 @@ class Gradients:
         counts = self._counts(terms) if terms else self._none()
         divisors = self.parts.processes.add(counts)
         if not terms:
-            return torch.zeros(len(self.names))
+            return torch.zeros(len(self.names), device=self.parts.device)
         values = _divided(terms, weights, divisors)
         self.parts.backward(values.sum())
         return values.detach()
@@ -233,8 +233,9 @@ class Gradients:
         """Add up gradients, running statistics and terms of all processes in one message."""
         processes = self.parts.processes
         trained = [p for p in self._trained if p.requires_grad]
-        has = torch.tensor([float(p.grad is not None) for p in trained])
-        extra = torch.tensor([float(forwards), float(due and processes.main)])
+        device = self.parts.device
+        has = torch.tensor([float(p.grad is not None) for p in trained], device=device)
+        extra = torch.tensor([float(forwards), float(due and processes.main)], device=device)
         grads = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in trained]
         means = [buffer.reshape(-1) / processes.count for buffer in self._buffers]
         message = processes.add(torch.cat([extra, values, has, *grads, *means]))

@@ -20,7 +20,7 @@ from compressor.types import Array
 
 
 class Choosing:
-    """``load(positions, view)`` gives model inputs. ``asked`` counts the samples the teacher was run on to choose."""
+    """``load(positions, view)`` gives model inputs. ``asked``, ``tried``: samples teacher and student were run on."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class Choosing:
         processes: Processes,
     ) -> None:
         self._student, self._teacher, self._load, self._processes = student, teacher, load, processes
-        self.asked = 0
+        self.asked = self.tried = 0
 
     def pool(
         self, data: TrainingSet, config: DistilStage, seed: int, on_event: OnEvent, *, labels_only: bool
@@ -39,6 +39,7 @@ class Choosing:
         judges = Judges(self._student, self._ask, lambda positions: self._load(positions, 0))
         pool = Pool(data, judges.teacher, judges.student, seed, on_event)
         pool.apply(config.strategy, labels_only=labels_only)
+        self.tried += judges.tried
         count = int(self._processes.agreed(np.array([len(pool.kept)]))[0])
         return self._processes.agreed(np.resize(pool.kept, count)), self._processes.agreed(pool.labels)
 

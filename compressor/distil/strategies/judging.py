@@ -35,10 +35,12 @@ class Judges:
 
     def __init__(self, student: nn.Module, taught: Taught, load: Callable[[Array], dict[str, Tensor]]) -> None:
         self._student, self._taught, self._load = student, taught, load
+        self.tried = 0  # samples the student was run on
 
     def student(self, positions: Array) -> tuple[Tensor, Tensor | None]:
         """Logits (B, C) or (B, T, C) and mask (B, T)."""
         inputs = self._load(positions)
+        self.tried += len(positions)
         with evaluating(self._student):
             return self._student(**inputs).float().cpu(), _mask(inputs)
 

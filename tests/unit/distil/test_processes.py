@@ -49,7 +49,7 @@ def train(folder, settings):
 def launch(folder, settings, processes):
     folder.mkdir()
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
         str(Path(__file__)), str(folder), json.dumps(settings),
     ]  # fmt: skip
