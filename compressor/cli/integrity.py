@@ -34,7 +34,8 @@ def _contamination(session: Session) -> Iterator[Finding]:
     parts = ", ".join(name for name in data.splits if name not in ("test", "fresh"))
     yield Finding("contamination, equal samples", "clear", exact or f"none between test and {parts}")
     if not data.near:
-        why = "switched off" if session.recipe.data.near_duplicates == "off" else "not looked for (plain arrays, or pictures too many to decode)"
+        off = session.recipe.data.near_duplicates == "off"
+        why = "switched off" if off else "not looked for (plain arrays, or pictures too many to decode)"
         yield Finding("contamination, near duplicates", "note", why)
     for item in data.near:
         examples = f": {'; '.join(item.examples)}" if item.examples else ""

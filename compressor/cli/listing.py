@@ -92,7 +92,7 @@ def methods_list_command(*, as_json: bool) -> int:
 
 def methods_show_command(name: str, *, as_json: bool) -> int:
     """One objective: what it is, what it needs, defaults, paper, when to use it, and a recipe to paste."""
-    from compressor.distil.catalogue import family, ids_of, recipe_of, when_of
+    from compressor.distil.catalogue import family, ids_of, recipe_of, waits_for, when_of
     from compressor.distil.objectives.registry import describe
 
     found = describe(name)
@@ -106,6 +106,8 @@ def methods_show_command(name: str, *, as_json: bool) -> int:
     if found.options:
         print("\noptions")
         facts({option: f"{kind} = {default}" for option, kind, default in found.options})
+    if waits_for(name):
+        print(f"\nwaits for data with {waits_for(name)}: `plan` refuses it until then")
     print(f"\nrecipe to paste\n\n{recipe_of(name)}")
     return 0
 

@@ -96,6 +96,11 @@ def recipe_of(objective: str) -> str:
     return f'[[stage]]\nkind = "distil"\nlabels = 0.5\n\n[[stage.objective]]\nuse = "{objective}"\nweight = 0.5'
 
 
+def waits_for(objective: str) -> str:
+    """What an objective needs that no data source brings yet; empty for nearly all."""
+    return str(_data()["waiting"].get(objective, ""))
+
+
 def when_of(text: str) -> str:
     """The ``When:`` line of an objective's documentation, joined; empty when there is none."""
     lines: list[str] = []
