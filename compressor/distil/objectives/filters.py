@@ -66,6 +66,7 @@ class TaskAwareFilters(SignalObjective):
     def modules(self) -> nn.Module | None:
         return self._parts
 
+    @torch.enable_grad()  # it trains, whatever the caller does
     def survey(self, training: Pass, generator: torch.Generator) -> None:
         """Stage 1, on both frozen models at once."""
         device = self._parts[0].weight.device
