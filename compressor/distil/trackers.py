@@ -74,10 +74,20 @@ def _opened(name: str, folder: Path, run_name: str) -> Any:
     if name == "tensorboard":
         tracker = TensorBoardTracker(run_name, str(folder))
     else:
-        import mlflow
-
-        if "MLFLOW_TRACKING_URI" not in os.environ:
-            mlflow.set_tracking_uri(folder.resolve().as_uri())
-        tracker = MLflowTracker(run_name)
+        _mlflow_store(folder.resolve())
+        tracker = MLflowTracker(run_name, (folder / "artifacts").resolve().as_uri())
     tracker.start()
     return tracker
+
+
+def _mlflow_store(folder: Path) -> None:
+    """Where MLflow keeps its runs: what the user set, else a database in ``folder``, or files without SQLAlchemy."""
+    import mlflow
+
+    if "MLFLOW_TRACKING_URI" in os.environ:
+        return
+    if find_spec("sqlalchemy") and find_spec("alembic"):
+        mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
+    else:  # the skinny package has no database; it writes plain files only when it is told to
+        os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+        mlflow.set_tracking_uri(folder.as_uri())

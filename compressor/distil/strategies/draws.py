@@ -48,7 +48,7 @@ class Stream:
     ) -> None:
         """``losses``: None for the null twin, which draws at random. ``agree``: the first process's choice for all."""
         self._data, self._config, self._seed, self._losses, self._agree = data, config, seed, losses, agree
-        find = {type(strategy): strategy for strategy in config.strategy}
+        find: dict[type, Any] = {type(strategy): strategy for strategy in config.strategy}
         self._select: Any = find.get(SelectStrategy)
         self._mix: Any = find.get(MixStrategy)
         self._mixup: Any = find.get(MixupStrategy)
