@@ -39,10 +39,11 @@ class SubclassHead(Head):
     @classmethod
     def of(cls, plain: nn.Linear, subclasses: int) -> Self:
         """A head with the same output as ``plain``: equal subclasses, each with 1/S of its class's weight."""
-        made = cls(plain.in_features, plain.out_features, subclasses)
+        classes, width = plain.weight.shape  # the layer's own numbers may be stale while a record is replayed
+        made = cls(width, classes, subclasses)
         with torch.no_grad():
             made.outputs.weight.copy_(plain.weight.repeat_interleave(subclasses, 0))
-            bias = plain.bias if plain.bias is not None else plain.weight.new_zeros(plain.out_features)
+            bias = plain.bias if plain.bias is not None else plain.weight.new_zeros(classes)
             made.outputs.bias.copy_((bias - torch.tensor(float(subclasses)).log()).repeat_interleave(subclasses))
         return made.to(plain.weight)
 
@@ -74,10 +75,11 @@ class DualHead(Head):
     @classmethod
     def of(cls, plain: nn.Linear) -> Self:
         """Both heads start from ``plain``: the second gives its outputs for features of root mean square 1."""
-        made = cls(plain.in_features, plain.out_features, plain.bias is not None)
+        classes, width = plain.weight.shape  # as above
+        made = cls(width, classes, plain.bias is not None)
         made.labelled = plain
         with torch.no_grad():
-            made.taught.weight.copy_(plain.weight * plain.in_features**0.5 / SCALE)
+            made.taught.weight.copy_(plain.weight * width**0.5 / SCALE)
         return made.to(plain.weight)
 
     def signals(self) -> Mapping[str, str]:

@@ -92,6 +92,18 @@ def test_a_subclass_head_starts_as_the_head_it_replaces():
     assert "SubclassHead" in DualHeadKd().unfit(model)[0]
 
 
+@pytest.mark.parametrize("objective", [SubclassEmbedding, DualHeadKd])
+def test_a_head_is_rebuilt_behind_a_cut(objective):
+    """As after a prune stage: the head's own input was cut in the same record."""
+    cut = {"op": "cut", "tensor": "head.weight", "axis": 1, "keep": [[0, 8]]}
+    model = rebuild.replay(convnet(3, 1), [cut])
+    steps = objective().install(model, PICTURE)
+    again = rebuild.replay(convnet(3, 1), [cut, *steps])
+    assert {name: value.shape for name, value in again.state_dict().items()} == {
+        name: value.shape for name, value in model.state_dict().items()
+    }
+
+
 def test_dual_head_golden_and_fused_output_is_the_mixture():
     objective = DualHeadKd()
     assert objective.bind({"logits": 1}, {"logits": 1}) == []
