@@ -41,7 +41,7 @@ class _Reader:
     def forget(self, length: int) -> None:
         """Keep the first ``length`` tokens only."""
         if length < self.read:
-            self.cache.crop(length)
+            self.cache.crop(length - self.read)  # negative: so many tokens go
             self.read = length
 
 
