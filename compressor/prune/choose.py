@@ -9,10 +9,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from compressor.errors import Problem
-from compressor.models.structure.labels import Index
-from compressor.models.structure.scores import Scores
-from compressor.models.structure.surgery import Cut
-from compressor.models.structure.units import Group
+from compressor.models.structure.groups import Cut, Group, Index, Scores
 from compressor.recipe import PruneStage
 
 KINDS = ("channels", "heads", "neurons")

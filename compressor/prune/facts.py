@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from compressor.models.structure.scores import Scores
-from compressor.models.structure.surgery import Cut
-from compressor.models.structure.units import Group
+from compressor.models.structure.groups import Cut, Group, Scores
 from compressor.prune.choose import protected_by, ratio_for
 from compressor.recipe import PruneStage
 from compressor.types import LayerFact

@@ -11,11 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from compressor.models.structure.labels import Key
-from compressor.models.structure.scores import Floats
-from compressor.models.structure.surgery import Cut, removed_positions
+from compressor.models.structure.groups import Cut, Floats, Key, owner, removed_positions
 from compressor.models.structure.trace import evaluating, run
-from compressor.models.structure.units import owner
 
 ENOUGH_SAMPLES = 32  # fewer make batch-norm statistics worse than the teacher's own
 

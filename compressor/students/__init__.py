@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from compressor.models.structure.blocks import BlockList
-    from compressor.models.structure.surgery import Cut
-    from compressor.models.structure.units import Group
+    from compressor.models.structure.groups import Cut, Group
 
 Batch = Mapping[str, "Tensor"]
 STAGE = "student"
@@ -155,8 +154,8 @@ def _narrow(
 ) -> tuple[nn.Module, list[dict[str, Any]], list[LayerFact]]:
     import numpy as np
 
-    from compressor.models.structure.scores import Method, score
-    from compressor.models.structure.surgery import Cut
+    from compressor.models.structure.groups import Cut, Method
+    from compressor.models.structure.scores import score
     from compressor.models.structure.units import find_groups
 
     groups = _hidden_groups(find_groups(student, example))
@@ -185,7 +184,7 @@ def _scale(
     import numpy as np
     import torch
 
-    from compressor.models.structure.surgery import Cut
+    from compressor.models.structure.groups import Cut
     from compressor.models.structure.units import find_groups
 
     groups = _scalable(find_groups(student, example))

@@ -18,19 +18,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Index = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Key:
-    """One axis of one parameter or buffer, by its dotted name."""
-
-    tensor: str
-    axis: int
+from compressor.models.structure.groups import Index, Key
 
 
 @dataclass

@@ -7,31 +7,15 @@ of different layers can be ranked together.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from compressor.models.structure.labels import Index, Key
+from compressor.models.structure.groups import Floats, Group, Index, Key, Method, Scores, normalised, owner
 from compressor.models.structure.trace import evaluating, run
-from compressor.models.structure.units import Group, owner
-
-Method = Literal["magnitude", "activation", "random"]
-Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """``units[group]``: importance of each unit, mean 1. ``means[key]``: mean input at each position of an axis."""
-
-    method: Method
-    units: Mapping[str, Floats]
-    means: Mapping[Key, Floats] = field(default_factory=dict)
-    notes: Mapping[str, str] = field(default_factory=dict)  # group -> why another method was used for it
-    samples: int = 0
 
 
 def score(
@@ -52,18 +36,13 @@ def score(
     notes: dict[str, str] = {}
     for group in groups:
         if method == "random":
-            units[group.name] = _normalised(generator.random(group.units))
+            units[group.name] = normalised(generator.random(group.units))
             continue
         found = statistics.importance(group) if method == "activation" else None
         if found is None and method == "activation":
             notes[group.name] = "magnitude: its activations could not be watched"
         units[group.name] = found if found is not None else magnitude(module, group)
     return Scores(method, units, statistics.means(), notes, statistics.samples)
-
-
-def _normalised(values: Floats) -> Floats:
-    mean = float(values.mean())
-    return values / mean if mean > 0 else np.ones_like(values)
 
 
 def magnitude(module: nn.Module, group: Group) -> Floats:
@@ -75,8 +54,8 @@ def magnitude(module: nn.Module, group: Group) -> Floats:
         if tensor.dim() < 2:
             continue
         squares = tensor.double().pow(2).sum(dim=[axis for axis in range(tensor.dim()) if axis != key.axis]).numpy()
-        total += _normalised(squares[index].sum(axis=1))
-    return _normalised(np.sqrt(total))
+        total += normalised(squares[index].sum(axis=1))
+    return normalised(np.sqrt(total))
 
 
 @dataclass
@@ -154,12 +133,12 @@ class ActivationStatistics:
     def importance(self, group: Group) -> Floats | None:
         """Mean over the places that read the group of its normalised activation norm; None when none was seen."""
         seen = [
-            _normalised(np.sqrt(point.squares))
+            normalised(np.sqrt(point.squares))
             for points in self._points.values()
             for point in points
             if point.group is group and self._weights.get(owner(point.key.tensor), 0)
         ]
-        return _normalised(np.mean(seen, axis=0)) if seen else None
+        return normalised(np.mean(seen, axis=0)) if seen else None
 
     def means(self) -> dict[Key, Floats]:
         """Mean input of each reading layer, by position of its weight's reading axis."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,24 +13,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from compressor.models.rebuild import ranges_of, replay
-from compressor.models.structure.labels import Index, Key
+from compressor.models.structure.groups import Cut, Group, owner, removed_positions
 from compressor.models.structure.trace import evaluating, few_samples, run
-from compressor.models.structure.units import Group, owner
 
 TOLERANCE = 1e-4  # of the largest output (at least 1): committed against masked, in fp32
 FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Which units of a group stay, in order."""
-
-    group: Group
-    keep: Index
-
-    @property
-    def removed(self) -> Index:
-        return np.setdiff1d(np.arange(self.group.units, dtype=np.int64), self.keep)
 
 
 @dataclass(frozen=True)
@@ -96,15 +82,6 @@ def _agree(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
         a.shape == b.shape and float((a - b).abs().max()) <= TOLERANCE * max(1.0, float(a.abs().max()))
         for a, b in zip(wanted, found, strict=True)
     )
-
-
-def removed_positions(cuts: Iterable[Cut]) -> dict[Key, Index]:
-    """Positions that go, on each tensor axis that some cut touches."""
-    gone: dict[Key, list[Index]] = defaultdict(list)
-    for cut in cuts:
-        for key, index in cut.group.index.items():
-            gone[key].append(index[cut.removed].reshape(-1))
-    return {key: np.unique(np.concatenate(parts)) for key, parts in gone.items()}
 
 
 def mask(module: nn.Module, cuts: Sequence[Cut]) -> nn.Module:

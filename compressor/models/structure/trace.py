@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from compressor.models.structure.labels import Key, LabelSpace, Value, axes_of
+from compressor.models.structure.groups import Key
+from compressor.models.structure.labels import LabelSpace, Value, axes_of
 from compressor.models.structure.rules import RULES, Call, default_rule
 
 FRACTION_OF_A_BATCH = 2  # samples that are enough to follow shapes; two, because size 1 would look like a broadcast

@@ -4,63 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from torch import Tensor, nn
 
-from compressor.models.structure.labels import Index, Key, LabelSpace
+from compressor.models.structure.groups import Entries, Group, Index, Key, Kind, owner
+from compressor.models.structure.labels import LabelSpace
 from compressor.models.structure.trace import record
-
-Kind = Literal["channels", "heads", "neurons", "hidden"]
-Entries = Mapping[Key, Index]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Units of one sort that live on the same tensor axes: the channels of a convolution, the heads of a layer.
-
-    ``index[key]`` is (units, width): which positions of that axis each unit owns. ``hard`` and ``soft`` say why the
-    group cannot be cut: a hard reason never allows it, a soft one only when the network may change (a narrower
-    student).
-    """
-
-    name: str  # the layer that makes the units
-    kind: Kind
-    index: Entries
-    produced: tuple[Key, ...]
-    consumed: tuple[Key, ...]
-    hard: tuple[str, ...]
-    soft: tuple[str, ...]
-
-    @property
-    def units(self) -> int:
-        return int(self.index[self.main].shape[0])
-
-    @property
-    def main(self) -> Key:
-        return self.produced[0]
-
-    @property
-    def width(self) -> int:
-        """Channels (rows of the main weight) per unit."""
-        return int(self.index[self.main].shape[1])
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """The layers that make the units: those whose output gets smaller."""
-        return tuple(dict.fromkeys(owner(key.tensor) for key in self.produced))
-
-    @property
-    def all_modules(self) -> frozenset[str]:
-        """Every layer that makes units or normalises and scales them; not those that only read them."""
-        return frozenset(owner(key.tensor) for key in self.index if key not in self.consumed or key in self.produced)
-
-
-def owner(tensor: str) -> str:
-    """Name of the module that holds a parameter."""
-    return tensor.rpartition(".")[0]
 
 
 def find_groups(module: nn.Module, example: Mapping[str, Tensor]) -> tuple[Group, ...]:
