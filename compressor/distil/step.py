@@ -94,7 +94,7 @@ def _explain(ratios: dict[int, float], facts: Sequence[float], value: float) -> 
         known, fact = ratios[number], facts[number]
         if fact == 0 and value == 0:
             continue
-        ratio = value / fact if fact else float("nan")
+        ratio = value / fact if fact else 0.0  # something is counted where there is none of it: no explanation
         exact = ratio == round(ratio) and ratio > 0  # whole multiples keep sums exact
         if not exact or (known == known and known != ratio):
             del ratios[number]

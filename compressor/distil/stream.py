@@ -42,7 +42,7 @@ class TrainingSet:
         """
         train, transfer = data.splits.get("train"), data.splits.get("transfer")
         if which == "transfer" and (transfer is None or len(transfer) == 0):
-            raise StageError("there is nothing to train on", hint="The data has no transfer part (`data.transfer`).")
+            raise StageError("the data has no transfer part", hint='Give `data.transfer`, or set data = "train".')
         if train is None or len(train) == 0:
             raise StageError("there is nothing to train on", hint="The train part of the data is empty.")
         found = cls([train] if transfer is None or len(transfer) == 0 else [train, transfer])

@@ -57,11 +57,12 @@ def launch(folder, settings, processes):
     subprocess.run(command, cwd=ROOT, env=env, check=True)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_give_the_curve_of_one(tmp_path, accumulate):
+@pytest.mark.parametrize(("optimiser", "accumulate"), [("adamw", 1), ("sgd", 2)])
+def test_two_processes_give_the_curve_of_one(tmp_path, optimiser, accumulate):
     (tmp_path / "one").mkdir()
-    train(tmp_path / "one", SETTINGS)
-    launch(tmp_path / "two", SETTINGS | {"accumulate": accumulate}, 2)
+    settings = SETTINGS | {"optimiser": optimiser}
+    train(tmp_path / "one", settings)
+    launch(tmp_path / "two", settings | {"accumulate": accumulate}, 2)
     one, two = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("one", "two"))
     assert (tmp_path / "two" / "other.json").exists()  # the second process really took part
     assert one[2] == two[2]
@@ -69,9 +70,11 @@ def test_two_processes_give_the_curve_of_one(tmp_path, accumulate):
         assert other_loss == pytest.approx(loss, abs=1e-4)
         assert other_score == pytest.approx(score, abs=0.05)
         assert other_terms == pytest.approx(terms, abs=1e-4)
-    left, right = (torch.load(tmp_path / name / "student.pt", weights_only=True) for name in ("one", "two"))
-    assert max(float((left[name] - right[name]).abs().max()) for name in left) < 1e-4
     assert len(list((tmp_path / "two" / "work").iterdir())) == 1
+    if optimiser == "adamw":
+        return  # its steps have one size even where the gradient is rounding error, so weights drift apart
+    left, right = (torch.load(tmp_path / name / "student.pt", weights_only=True) for name in ("one", "two"))
+    assert max(float((left[name] - right[name]).abs().max()) for name in left) < 1e-5
 
 
 if __name__ == "__main__":
