@@ -11,7 +11,10 @@ Steps:
 - ``{"op": "set", "module": "attention", "attribute": "num_heads", "value": 3}``: a number that the code reads;
 - ``{"op": "head", "module": "head", "kind": "subclass", "subclasses": 5}``: another head, see
   :mod:`compressor.models.heads`;
-- ``{"op": "exits", "blocks": ["stage1"], "widths": [16], "classes": 10, "mode": "outputs"}``: exits at blocks.
+- ``{"op": "exits", "blocks": ["stage1"], "widths": [16], "classes": 10, "mode": "outputs"}``: exits at blocks;
+- ``{"op": "ids"}``: the tables have the ids of the smaller vocabulary, see :mod:`compressor.models.vocabulary`;
+- ``{"op": "factorise", "module": "encoder.fc1", "rank": 64}``: two layers for one, see
+  :mod:`compressor.models.lowrank`.
 """
 
 from __future__ import annotations
@@ -60,6 +63,8 @@ def apply(module: nn.Module, record: Record) -> None:
                 heads.replace_head(module, step)
             elif step["op"] == "exits":
                 heads.add_exits(module, step)
+            elif step["op"] in ("ids", "factorise"):
+                _replace(module, step)
             else:
                 raise ValueError(f"unknown step `{step['op']}`")
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -69,6 +74,17 @@ def apply(module: nn.Module, record: Record) -> None:
             ) from error
     for name in sorted(touched):
         sync_sizes(module.get_submodule(name))
+
+
+def _replace(module: nn.Module, step: Mapping[str, Any]) -> None:
+    """Steps whose parts live in modules that import this one."""
+    from compressor.models.lowrank import factorise
+    from compressor.models.vocabulary import drop_maps
+
+    if step["op"] == "ids":
+        drop_maps(module)
+    else:
+        factorise(module, step["module"], int(step["rank"]))
 
 
 def ranges_of(indices: Iterable[int]) -> list[list[int]]:

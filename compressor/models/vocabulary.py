@@ -1,0 +1,169 @@
+"""A text model that reads and writes the ids of a smaller vocabulary. Needs torch.
+
+New id ``i`` stands for the model's own id ``keep[i]``. :func:`read_ids` puts a map in front of a teacher's embedding
+(and behind its output layer, for a language model), so that teacher and student read one stream of ids; the student
+gets the smaller tables by :func:`vocabulary_steps`, and the map goes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import PlanError
+from compressor.models.rebuild import ranges_of
+
+KEY = "vocabulary"
+SPECIAL = ("pad", "eos", "bos", "cls", "sep", "mask", "unk", "decoder_start")
+
+
+class _Reads:
+    """Turns new ids into the model's own before its embedding sees them. An object: deep copies get a copy."""
+
+    def __init__(self, keep: Tensor) -> None:
+        self.keep = keep
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self.keep.to(args[0].device)[args[0]], *args[1:])
+
+
+class _Writes:
+    """Leaves the logits of the kept tokens only, in their new order."""
+
+    def __init__(self, keep: Tensor) -> None:
+        self.keep = keep
+
+    def __call__(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return output[..., self.keep.to(output.device)]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Where a text model keeps its vocabulary: path of the embedding, and of the output layer of a language model."""
+
+    embedding: str
+    output: str | None
+
+
+def tables_of(module: nn.Module) -> Tables | None:
+    """The tables of a transformers model inside ``module``; None where there is none, or more than one embedding."""
+    for prefix, part in module.named_modules():
+        if not callable(getattr(part, "get_input_embeddings", None)):
+            continue
+        try:
+            found = part.get_input_embeddings()
+        except (NotImplementedError, AttributeError):
+            return None
+        if not isinstance(found, nn.Embedding):
+            return None
+        rows = [other for other in module.modules() if isinstance(other, nn.Embedding) and other is not found]
+        if any(other.num_embeddings == found.num_embeddings for other in rows):
+            return None
+        output = _output_of(part)
+        if output is not None and getattr(output, "out_features", None) != found.num_embeddings:
+            output = None  # a classifier
+        return Tables(_path(module, found), None if output is None else _path(module, output))
+    return None
+
+
+def _output_of(model: Any) -> nn.Module | None:
+    try:
+        found = model.get_output_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _path(module: nn.Module, wanted: nn.Module) -> str:
+    return next(path for path, part in module.named_modules() if part is wanted)
+
+
+def read_ids(module: nn.Module, keep: Sequence[int]) -> nn.Module:
+    """A twin of ``module`` (it shares the weights) that takes new ids, and gives logits over the new vocabulary.
+
+    Raises:
+        PlanError: the model has no table of tokens that could be made smaller, or counts positions from its padding id.
+    """
+    tables = tables_of(module)
+    if tables is None:
+        raise PlanError.single(KEY, "matches nothing: the model has no single embedding of tokens")
+    rows = module.get_submodule(tables.embedding).num_embeddings
+    if len(keep) == 0 or max(keep) >= rows:
+        raise PlanError.single(KEY, f"the tokenizer has token {max(keep, default=0)}, the model only {rows} rows")
+    twin = copy.deepcopy(module, {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]})
+    index = torch.as_tensor(list(keep), dtype=torch.long)
+    embedding = twin.get_submodule(tables.embedding)
+    embedding.register_forward_pre_hook(_Reads(index))
+    if tables.output is not None:
+        twin.get_submodule(tables.output).register_forward_hook(_Writes(index))
+    _rename_special(twin, embedding, {int(old): new for new, old in enumerate(keep)})
+    return twin
+
+
+def _rename_special(twin: nn.Module, embedding: nn.Embedding, new: dict[int, int]) -> None:
+    """Ids that the model's own code reads: of padding in embeddings, of special tokens in its configuration."""
+    old_padding = embedding.padding_idx
+    if old_padding is not None:
+        embedding.padding_idx = new.get(old_padding)
+    seen: set[int] = set()
+    for name, part in twin.named_modules():
+        padding = getattr(part, "padding_idx", None)
+        if not isinstance(part, nn.Embedding) and isinstance(padding, int) and new.get(padding) != padding:
+            what = f"`{name}` counts positions from its padding id {padding}, which would change"
+            raise PlanError.single(KEY, what, hint="Only tokenizers with the padding token among the first fit here.")
+        config = getattr(part, "config", None)
+        if config is None or id(config) in seen:
+            continue
+        seen.add(id(config))
+        for word in SPECIAL:
+            value = getattr(config, f"{word}_token_id", None)
+            if isinstance(value, int):
+                setattr(config, f"{word}_token_id", new.get(value))
+            elif isinstance(value, list):
+                setattr(config, f"{word}_token_id", [new[item] for item in value if item in new])
+
+
+def kept_ids(module: nn.Module) -> list[int] | None:
+    """The ids that a module made by :func:`read_ids` keeps; None for another one."""
+    for part in module.modules():
+        for hook in part._forward_pre_hooks.values():
+            if isinstance(hook, _Reads):
+                return [int(number) for number in hook.keep]
+    return None
+
+
+def vocabulary_steps(module: nn.Module) -> list[dict[str, Any]]:
+    """Record steps that make the tables of a module of :func:`read_ids` really smaller and take the maps out."""
+    keep, tables = kept_ids(module), tables_of(module)
+    if keep is None or tables is None:
+        return []
+    ranges = ranges_of(keep)
+    weights = [f"{tables.embedding}.weight"]
+    if tables.output is not None:
+        embedding, output = module.get_submodule(tables.embedding), module.get_submodule(tables.output)
+        weights += [] if output.weight is embedding.weight else [f"{tables.output}.weight"]
+        weights += [f"{tables.output}.bias"] if output.bias is not None else []
+    rows = module.get_submodule(tables.embedding).num_embeddings
+    steps: list[dict[str, Any]] = [{"op": "ids"}]
+    steps += [{"op": "cut", "tensor": name, "axis": 0, "keep": ranges} for name in weights]
+    for name, part in module.named_modules():
+        if getattr(getattr(part, "config", None), "vocab_size", None) == rows:
+            steps.append({"op": "set", "module": name, "attribute": "config.vocab_size", "value": len(keep)})
+            break
+    return steps
+
+
+def drop_maps(module: nn.Module) -> None:
+    """Carry out an ``ids`` step: the tables themselves are about to have the new ids."""
+    for part in module.modules():
+        for hooks in (part._forward_pre_hooks, part._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Reads | _Writes)]:
+                del hooks[key]
+
+
+__all__ = ["Tables", "drop_maps", "kept_ids", "read_ids", "tables_of", "vocabulary_steps"]
