@@ -159,6 +159,27 @@ class StudentStage(Frozen):
     keep_layers: tuple[int, ...] | int | None = None  # indices, or how many (spread evenly)
     hidden_size: Annotated[int, Field(ge=8)] | None = None  # transformers: narrower, weights sliced by importance
     width: Annotated[float, Field(gt=0, le=1)] | None = None  # CNN factories: all widths times this, new weights
+    vocabulary: Literal["corpus"] | None = None  # texts: only the tokens of train, validation, calibration, transfer
+    keep_tokens: Annotated[int, Field(ge=1)] | None = None  # of these at most so many, the most frequent
+    extra_corpus: str | None = None  # a text file whose tokens stay too, a text a line
+    rank: Annotated[float, Field(gt=0, lt=1)] | None = (
+        None  # low rank: share of a layer's multiply-accumulates that stay
+    )
+    rank_energy: Annotated[float, Field(gt=0, lt=1)] | None = (
+        None  # or: share of the squared singular values that stays
+    )
+    ranks: dict[str, Annotated[int, Field(ge=1)]] = {}  # module name pattern -> rank; before `rank` and `rank_energy`
+    rank_inputs: bool = False  # weigh by what the layers read on calibration data, instead of by the weights alone
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> StudentStage:
+        if self.vocabulary is None and (self.keep_tokens is not None or self.extra_corpus is not None):
+            raise ValueError('`keep_tokens` and `extra_corpus` need `vocabulary = "corpus"`')
+        if self.rank is not None and self.rank_energy is not None:
+            raise ValueError("give `rank` or `rank_energy`, not both")
+        if self.rank_inputs and self.rank is None and self.rank_energy is None and not self.ranks:
+            raise ValueError("`rank_inputs` needs `rank`, `rank_energy` or `ranks`")
+        return self
 
 
 class PruneStage(Frozen):
