@@ -45,7 +45,8 @@ class SubclassHead(Head):
             made.outputs.weight.copy_(plain.weight.repeat_interleave(subclasses, 0))
             bias = plain.bias if plain.bias is not None else plain.weight.new_zeros(classes)
             made.outputs.bias.copy_((bias - torch.tensor(float(subclasses)).log()).repeat_interleave(subclasses))
-        return made.to(plain.weight)
+        made.to(plain.weight)
+        return made
 
     def signals(self) -> Mapping[str, str]:
         return {"subclasses": "outputs"}
@@ -80,7 +81,8 @@ class DualHead(Head):
         made.labelled = plain
         with torch.no_grad():
             made.taught.weight.copy_(plain.weight * width**0.5 / SCALE)
-        return made.to(plain.weight)
+        made.to(plain.weight)
+        return made
 
     def signals(self) -> Mapping[str, str]:
         return {"labelled": "labelled", "taught": "taught"}
@@ -245,4 +247,4 @@ def head_signals(module: nn.Module) -> dict[str, str]:
 
 def path_of(module: nn.Module, part: nn.Module) -> str:
     """Where ``part`` stands in ``module``."""
-    return next(path for path, found in module.named_modules() if found is part)
+    return next(str(path) for path, found in module.named_modules() if found is part)

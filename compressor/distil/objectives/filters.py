@@ -66,9 +66,12 @@ class TaskAwareFilters(SignalObjective):
     def modules(self) -> nn.Module | None:
         return self._parts
 
-    @torch.enable_grad()  # it trains, whatever the caller does
     def survey(self, training: Pass, generator: torch.Generator) -> None:
         """Stage 1, on both frozen models at once."""
+        with torch.enable_grad():  # it trains, whatever the caller does
+            self._train(training, generator)
+
+    def _train(self, training: Pass, generator: torch.Generator) -> None:
         device = self._parts[0].weight.device
         probes = nn.ModuleList(_Probe(part, self.classes, generator) for part in self._parts).to(device)
         optimiser = torch.optim.AdamW(probes.parameters(), lr=self.options.learning_rate)
