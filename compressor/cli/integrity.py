@@ -94,8 +94,10 @@ def _fresh_score(session: Session, row: Row) -> tuple[str, float, int] | None:
         SplitEvalSet(fresh),
         64,
         specs=row.artifact.inputs,
+        task=session.model.task,
     )
-    return "fresh", float(score(session.model.task, outputs, np.asarray(fresh.labels))), len(fresh)
+    value = score(session.model.task, outputs, np.asarray(fresh.labels), names=session.data.labels)
+    return "fresh", float(value), len(fresh)
 
 
 def _power(session: Session, outcomes: Sequence[ProfileOutcome]) -> Iterator[Finding]:

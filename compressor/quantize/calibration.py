@@ -19,13 +19,13 @@ class Chosen:
 
 def choose(labels: Array | None, total: int, size: int) -> Chosen:
     """At most ``size`` of ``total`` samples. With labels one class after the other gives a sample, so that rare classes
-    widen the ranges as well; the split itself is random, so that without labels its first samples do.
+    widen the ranges as well; the split itself is random, so that without one class a sample its first samples do.
 
     >>> choose(np.array([0, 0, 0, 1, 0]), 5, 2).index.tolist()
     [0, 3]
     """
     size = min(size, total)
-    if labels is None or size == total or len(np.unique(labels)) < 2:
+    if labels is None or labels.ndim != 1 or size == total or len(np.unique(labels)) < 2:
         return Chosen(np.arange(size), f"{size} of {total} samples")
     turn = np.empty(total, np.int64)  # the how-manieth of its class each sample is
     for label in np.unique(labels):
