@@ -47,8 +47,13 @@ class Pipeline:
         round_to: int,
         on_event: Event = ignore_event,
         panel: Panel | None = None,
+        original: tuple[LoadedModel, DataBundle] | None = None,
     ) -> None:
-        self.run = Run(recipe, model, data, ledger, round_to, on_event, panel)
+        """``original`` is the teacher with its own vocabulary, where ``model`` and ``data`` have a smaller one."""
+        self.run = Run(recipe, model, data, ledger, round_to, on_event, panel, original[1] if original else None)
+        self.teacher_run = self.run
+        if original is not None:
+            self.teacher_run = Run(recipe, *original, ledger, round_to, on_event)
         self._teacher: Artifact | None = None
 
     def build(self) -> Built:
@@ -57,7 +62,7 @@ class Pipeline:
         if run.model.onnx is not None:
             teacher = self._teacher = onnx_teacher(run, run.model.onnx)
             return Built(teacher, replace(teacher, name="student/fp32", role="student"), None, ())
-        teacher, parity = export(run, self._start("teacher"))
+        teacher, parity = export(self.teacher_run, self._start("teacher"))
         self._teacher = teacher
         student, twin = self._lines()
         exported, more = export(run, student)
@@ -75,7 +80,8 @@ class Pipeline:
         return ((), {}) if stage is None else int8_candidates(self.run, student, stage, profile, self._teacher)
 
     def _start(self, role: Role) -> Line:
-        return Line(role, self.run.model.provenance.digest, lambda: self.run.teacher)
+        run = self.teacher_run if role == "teacher" else self.run
+        return Line(role, run.model.provenance.digest, lambda: run.teacher)
 
     def _lines(self) -> tuple[Line, Line | None]:
         student = self._start("student")

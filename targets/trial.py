@@ -36,6 +36,10 @@ class EvaluationData:
     test: EvalSet | None
     labels: tuple[str, ...] = ()
     latency_inputs: Sequence[Inputs] = ()
+    teacher: EvaluationData | None = None  # as the teacher's file takes it, where it has tokens of its own
+
+    def seen_by(self, artifact: Artifact) -> EvaluationData:
+        return self.teacher if artifact.role == "teacher" and self.teacher is not None else self
 
 
 @dataclass
@@ -79,6 +83,9 @@ def predictions(run: Deployment, trial: Trial, evalset: EvalSet) -> Array:
     site, artifact = run.site, trial.artifact
     if site is None or trial.compiled is None:
         raise RunError("there is no runtime here that could run the file")
+    own = run.data.seen_by(artifact)
+    if own is not run.data:
+        evalset = own.test if evalset is run.data.test and own.test is not None else own.validation
     inputs_digest = getattr(evalset, "digest", None)
     level = site.profile.runtime.graph_level
     options = run.profile.options if not site.stand_in else {}
@@ -130,7 +137,9 @@ def measure_all(run: Deployment) -> list[str]:
 
 def _latency_inputs(run: Deployment, artifact: Artifact) -> list[dict[str, Array]]:
     size = fixed_batch(artifact.inputs) or run.profile.runtime.batch
-    return [fill_batch(fit_inputs(sample, artifact.inputs), size) for sample in run.data.latency_inputs]
+    return [
+        fill_batch(fit_inputs(sample, artifact.inputs), size) for sample in run.data.seen_by(artifact).latency_inputs
+    ]
 
 
 def _time(run: Deployment, files: dict[str, Trial], inputs: dict[str, list[dict[str, Array]]]) -> Measured | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from compressor.cli.integrity import findings
 from compressor.cli.output import Progress, stdout_json
 from compressor.cli.session import Request, Session, open_session
 from compressor.cli.summary import show
+from compressor.data.types import DataBundle
 from compressor.distil import trackers
 from compressor.distil.processes import is_main
 from compressor.errors import ConfigError, TargetUnavailable
@@ -99,6 +101,7 @@ def execute(
                 round_to=session.plan.channel_multiple,
                 on_event=told,
                 panel=session.panel,
+                original=session.original,
             )
             built = pipeline.build()
         ledger.on_event = log
@@ -169,17 +172,22 @@ def _deploy_all(
 
 def evaluation_data(session: Session) -> EvaluationData:
     """Validation for choosing, test for the report, and real samples of batch 1 for latency."""
+    teacher = _evaluation_data(session, session.original[1]) if session.original is not None else None
+    return replace(_evaluation_data(session, session.data), teacher=teacher)
+
+
+def _evaluation_data(session: Session, data: DataBundle) -> EvaluationData:
     from compressor.evaluate import SplitEvalSet
     from targets.trial import EvaluationData
 
-    validation = session.data.splits["validation"]
+    validation = data.splits["validation"]
     step = max(1, len(validation) // 16)
     samples = tuple(validation.batch(np.array([index])) for index in range(0, len(validation), step))[:16]
     return EvaluationData(
         task=session.model.task,
         validation=SplitEvalSet(validation),
-        test=SplitEvalSet(session.data.splits["test"]),
-        labels=session.data.labels,
+        test=SplitEvalSet(data.splits["test"]),
+        labels=data.labels,
         latency_inputs=samples,
     )
 

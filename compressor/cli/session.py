@@ -10,13 +10,14 @@ from typing import Any
 
 from compressor.cli.teachers import bank_lines, offered, open_panel, reading_problems
 from compressor.config import validate
+from compressor.data.raw import RawData
 from compressor.data.types import DataBundle
 from compressor.distil.panel import Panel
 from compressor.errors import ConfigError, PlanError, Problem, ProblemList
 from compressor.models.types import LoadedModel
 from compressor.plan import Plan, TargetView, channel_multiple, profile_plan, recipe_problems, steps_of, task_problems
 from compressor.profile import HardwareProfile, load_profile
-from compressor.recipe import DistilStage, PruneStage, Recipe, load_recipe
+from compressor.recipe import DistilStage, PruneStage, Recipe, StudentStage, load_recipe
 from compressor.types import EMBEDDING, MULTI_LABEL
 
 TEXT_TASKS = EMBEDDING | {
@@ -62,6 +63,7 @@ class Session:
     data: DataBundle
     plan: Plan
     panel: Panel | None = None
+    original: tuple[LoadedModel, DataBundle] | None = None  # the teacher's own, where the vocabulary is a smaller one
 
 
 def recipe_of(request: Request) -> Recipe:
@@ -164,14 +166,28 @@ def open_session(request: Request) -> Session:
         data = load_data(recipe.data, model, seed=recipe.seed, raw=raw)
     except ProblemList as error:
         problems += error.problems
+    original, told = None, ""
+    if data is not None and not problems:
+        model, data, original, told = _smaller_vocabulary(recipe, model, data, raw)
     if data is not None and model.module is not None and not problems:
         panel, data = open_panel(request.teachers, recipe, model, raw, data, remote=request.trust_remote_code)
         problems += _module_problems(recipe, model, data, panel)
     if problems or data is None:
         raise PlanError("the plan", problems)
     plan = _plan(recipe, profiles, model, data, target_views())
+    plan = replace(plan, steps=(plan.steps[0], told, *plan.steps[1:])) if told else plan
     banks = bank_lines(panel, model, recipe, data, request.out / "cache" / "teacher")
-    return Session(request, recipe, profiles, model, data, replace(plan, banks=banks), panel)
+    return Session(request, recipe, profiles, model, data, replace(plan, banks=banks), panel, original)
+
+
+def _smaller_vocabulary(
+    recipe: Recipe, model: LoadedModel, data: DataBundle, raw: RawData
+) -> tuple[LoadedModel, DataBundle, tuple[LoadedModel, DataBundle] | None, str]:
+    """Model and data as the student sees them, those of the teacher where they differ, and what became of the words."""
+    from compressor.students.vocabulary import trim
+
+    made = trim(model, data, raw, recipe)
+    return (model, data, None, "") if made is None else (made.model, made.data, (model, data), made.text)
 
 
 def _positions(model: LoadedModel) -> int | None:
@@ -215,7 +231,7 @@ def _module_problems(recipe: Recipe, model: LoadedModel, data: DataBundle, panel
     import numpy as np
     import torch
 
-    from compressor import prune
+    from compressor import prune, students
     from compressor.distil.changes import stage_problems
     from compressor.distil.fit import fit_problems
     from compressor.distil.processes import launched
@@ -229,8 +245,9 @@ def _module_problems(recipe: Recipe, model: LoadedModel, data: DataBundle, panel
     taught = offered(panel, model, recipe.teacher.signals)
     for position, stage in enumerate(recipe.stage):
         where = f"stage.{position}.{stage.kind}"
-        if isinstance(stage, PruneStage):
-            found = prune.check(model.module, example, stage)
+        if isinstance(stage, PruneStage | StudentStage):
+            check_cut: Any = prune.check if isinstance(stage, PruneStage) else students.check
+            found = check_cut(model.module, example, stage)
             problems += [Problem(f"{where}.{item.where}".rstrip("."), item.what) for item in found]
         elif isinstance(stage, DistilStage):
             wrong = check(stage, signals, taught, where, launched())

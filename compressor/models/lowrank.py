@@ -120,13 +120,17 @@ def energies(layer: nn.Module, moment: Tensor | None = None) -> Tensor:
 def second_moments(
     module: nn.Module, paths: Iterable[str], batches: Iterable[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Mean of x x^T over the inputs of each linear layer, (in, in). Memory does not grow with the batches."""
+    """Mean of x x^T over the inputs of each linear layer, (in, in), without padding. Memory does not grow with the
+    batches."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
+    mask: list[Tensor | None] = [None]
 
     def watch(path: str) -> object:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = args[0].detach().flatten(0, -2).double()
+            data, real = args[0].detach(), mask[0]
+            fits = real is not None and data.dim() == 3 and real.shape == data.shape[:2]
+            rows = (data[real.bool()] if real is not None and fits else data.flatten(0, -2)).double()
             sums[path] = sums[path] + rows.T @ rows if path in sums else rows.T @ rows
             counts[path] = counts.get(path, 0) + len(rows)
 
@@ -136,6 +140,7 @@ def second_moments(
     try:
         with evaluating(module):
             for batch in batches:
+                mask[0] = batch.get("attention_mask")
                 run(module, batch)
     finally:
         for handle in handles:

@@ -131,6 +131,7 @@ class _Scorer:
 
         self.task, self.names = run.model.task, run.data.labels
         self.data = SplitEvalSet(run.data.splits["validation"])
+        self.teacher_data = SplitEvalSet((run.teacher_data or run.data).splits["validation"])
         self.known: dict[str, float] = {}
         self.reference = self._outputs(reference)
         self.baseline = self._score(self.reference)
@@ -160,4 +161,5 @@ class _Scorer:
             def call(inputs: Inputs) -> Mapping[str, Any]:
                 return dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
-            return predict(call, self.data, BATCH, specs=artifact.inputs, task=self.task)
+            data = self.teacher_data if artifact.role == "teacher" else self.data
+            return predict(call, data, BATCH, specs=artifact.inputs, task=self.task)

@@ -51,6 +51,7 @@ class Run:
     round_to: int  # channel multiple: the widest wish of the profiles
     on_event: Event = ignore_event
     panel: Panel | None = None  # several teachers, or one that sees something else than its student
+    teacher_data: DataBundle | None = None  # as the teacher's own file takes it, where the student's vocabulary differs
 
     @cached_property
     def teacher(self) -> nn.Module:

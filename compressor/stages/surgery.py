@@ -18,7 +18,15 @@ def surgery(run: Run, line: Line, stage: StudentStage | PruneStage) -> Line:
         "calibration": run.data.digests["calibration"],
         "round_to": _multiple(run, stage),
         "seed": run.recipe.seed,
-        "code": code_digest("prune", "students", "models/rebuild", "models/cost", "models/structure"),
+        "code": code_digest(
+            "prune",
+            "students",
+            "models/rebuild",
+            "models/cost",
+            "models/structure",
+            "models/vocabulary",
+            "models/lowrank",
+        ),
     }
     result = run.ledger.stage(stage.kind, key, lambda folder: _cut(run, line, stage, folder))
     record = json.loads((result.folder / "record.json").read_text())
@@ -57,7 +65,12 @@ def _cut(run: Run, line: Line, stage: StudentStage | PruneStage, folder: Path) -
             from compressor.students import make_student
 
             student = make_student(
-                module, stage, example, seed=run.recipe.seed, calibration=run.calibration_tensors(256)
+                module,
+                stage,
+                example,
+                seed=run.recipe.seed,
+                calibration=run.calibration_tensors(256),
+                round_to=_multiple(run, stage),
             )
             made, record, facts = student.module, student.record, student.facts
             metrics = {"parameters_after": sum(p.numel() for p in made.parameters())}

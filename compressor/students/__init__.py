@@ -1,4 +1,5 @@
-"""Students made from their teacher: fewer layers, a narrower hidden width, or the same network narrower and untrained.
+"""Students made from their teacher: fewer layers, a narrower hidden width, a smaller vocabulary, layers of low rank,
+or the same network narrower and untrained.
 
 Copying every second layer is what DistilBERT did (layers 0, 2, 4, 7, 9, 11 of 12; methods F2) and a robust start for
 any transformer (methods N3); slicing the hidden width by activation is Minitron's (methods U1).
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.errors import PlanError, Problem
 from compressor.recipe import StudentStage
+from compressor.students import lowrank
 from compressor.types import LayerFact
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def check(module: nn.Module, example: Batch, config: StudentStage) -> list[Probl
     """Everything that keeps ``config`` from being carried out on ``module``; empty when it can be."""
     from compressor.models.structure.units import find_groups
 
-    problems = _layer_problems(module, example, config)
+    problems = _layer_problems(module, example, config) + lowrank.problems_of(module, config)
     if config.hidden_size is None and config.width is None:
         return problems
     groups = find_groups(module, example)
@@ -58,12 +60,14 @@ def make_student(
     *,
     seed: int,
     calibration: Iterable[Batch] | None = None,
+    round_to: int = 1,
 ) -> Made:
     """Make a student as ``config`` asks; ``module`` is not touched.
 
     ``example`` and ``calibration`` hold inputs by name, batch first. The hidden width keeps the units of highest
     activation on ``calibration``, or of highest weight norm without it. ``width`` gives new weights, drawn from
-    ``seed``.
+    ``seed``. A smaller vocabulary needs a module of :func:`compressor.models.vocabulary.read_ids`. Ranks are multiples
+    of ``round_to``.
 
     Raises :class:`PlanError` for what :func:`check` finds.
     """
@@ -72,15 +76,46 @@ def make_student(
     problems = check(module, example, config)
     if problems:
         raise PlanError("the student stage", problems)
+    batches = calibration if calibration is None or not hasattr(calibration, "__next__") else list(calibration)
     student, record, facts = _keep_layers(module, example, config.keep_layers)
+    if config.vocabulary is not None:
+        steps, rows = _fewer_tokens(student)
+        record, facts = record + steps, facts + rows
     if config.hidden_size is not None:
-        batches = calibration if calibration is None or not hasattr(calibration, "__next__") else list(calibration)
         student, steps, rows = _narrow(student, config.hidden_size, example, batches)
         record, facts = record + steps, facts + rows
     if config.width is not None:
         student, steps, rows = _scale(student, config.width, example, seed)
         record, facts = record + steps, facts + rows
+    steps, rows = lowrank.factorise_layers(student, config, round_to, batches)
+    record, facts = record + steps, facts + rows
     return Made(student.eval(), record, tuple(facts), count_parameters(module), count_parameters(student))
+
+
+def _fewer_tokens(student: nn.Module) -> tuple[list[dict[str, Any]], list[LayerFact]]:
+    """Cut the tables of ``student`` in place to the tokens that its input ids stand for."""
+    from compressor.models.rebuild import apply
+    from compressor.models.vocabulary import vocabulary_steps
+
+    record = vocabulary_steps(student)
+    if not record:
+        raise PlanError.single("vocabulary", "the model does not read the ids of a smaller vocabulary")
+    names = [str(step["tensor"]) for step in record if step["op"] == "cut"]
+    before = [len(student.get_parameter(name)) for name in names]
+    apply(student, record)
+    pairs = zip(names, before, strict=True)
+    return record, [
+        LayerFact(
+            STAGE,
+            name.rpartition(".")[0],
+            "trimmed",
+            f"{rows} tokens",
+            f"{len(student.get_parameter(name))} tokens",
+            "only tokens of the corpus, special tokens and single characters",
+        )
+        for name, rows in pairs
+        if name.endswith("weight")
+    ]
 
 
 def _layer_problems(module: nn.Module, example: Batch, config: StudentStage) -> list[Problem]:

@@ -13,6 +13,7 @@ Plain JSON; neither torch nor transformers is needed.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import string
 from collections.abc import Iterable, Iterator, Mapping
@@ -125,7 +126,7 @@ class Words:
         symbols = self._characters(token)
         seen = set(symbols)
         while len(symbols) > 1:
-            pairs = list(zip(symbols, symbols[1:], strict=False))
+            pairs = list(itertools.pairwise(symbols))
             best = min(pairs, key=lambda pair: self._rank.get(pair, len(self._rank)))
             if best not in self._rank:
                 break
