@@ -40,12 +40,18 @@ class Limits:
 
 
 def call_worker(
-    command: Sequence[str], request: Mapping[str, Any], limits: Limits, what: str, *, python: str = sys.executable
+    command: Sequence[str],
+    request: Mapping[str, Any],
+    limits: Limits,
+    what: str,
+    *,
+    python: str = sys.executable,
+    environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Start ``python *command``, send it ``request`` and return its reply.
 
-    ``what`` names the work in errors ("the TensorRT build"). Raises :class:`CompileError` when the child dies, hits a
-    limit or does not answer.
+    ``what`` names the work in errors ("the TensorRT build"); ``environment`` replaces the child's. Raises
+    :class:`CompileError` when the child dies, hits a limit or does not answer.
     """
     with (
         tempfile.TemporaryFile() as source,
@@ -55,7 +61,7 @@ def call_worker(
         source.write(json.dumps(request).encode())
         source.seek(0)
         process = subprocess.Popen(
-            [python, *command], stdin=source, stdout=reply, stderr=complaints, env=_environment()
+            [python, *command], stdin=source, stdout=reply, stderr=complaints, env=environment or _environment()
         )
         try:
             _wait(process, limits, what)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from compressor.cli.toolchain import toolchain_app
+
 app = typer.Typer(
     name="compress-for-device",
     help="Make a trained network small, fast and still accurate on the device it must run on.",
@@ -19,6 +21,7 @@ profiles_app = typer.Typer(help="Hardware profiles: list them, show one.", no_ar
 methods_app = typer.Typer(help="Distillation objectives: list them, show one.", no_args_is_help=True)
 app.add_typer(profiles_app, name="profiles")
 app.add_typer(methods_app, name="methods")
+app.add_typer(toolchain_app, name="toolchain")
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the store, the runs and the packages.")]
