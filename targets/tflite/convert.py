@@ -55,11 +55,15 @@ class Stored:
         return np.asarray(offset * self.scales.reshape(shape), np.float32)
 
 
-def convert(graph: Graph, describe: str = "the model") -> Converted:
-    """Write ``graph`` as TFLite. Raises :class:`CompileError` that names the node that cannot be written."""
+def convert(graph: Graph, describe: str = "the model", *, int8_interface: bool = False) -> Converted:
+    """Write ``graph`` as TFLite. Raises :class:`CompileError` that names the node that cannot be written.
+
+    ``int8_interface``: inputs that the file quantizes at once, and outputs that it dequantizes at the end, are int8
+    tensors of the file; inputs of rank 4 are channels-last. Microcontrollers and NPUs want no float at all.
+    """
     from targets.tflite.operators import OPERATORS
 
-    state = Converter(graph)
+    state = Converter(graph, int8_interface=int8_interface)
     for node in graph.nodes:
         if node.name in state.absorbed or state.take_quantization(node):
             continue
@@ -69,7 +73,7 @@ def convert(graph: Graph, describe: str = "the model") -> Converted:
                 hint="Export the model without it, or use another target.",
             )
         OPERATORS[node.operator](state, node)
-    outputs = {name: state.get(name) for name in graph.outputs}
+    outputs = {name: state.get(name, quantized=int8_interface and state.is_quantized(name)) for name in graph.outputs}
     content = state.builder.build(state.inputs, outputs)
     operations = tuple(state.builder.operations)
     return Converted(content, operations, coverage(operations))
@@ -91,7 +95,7 @@ def coverage(operations: Sequence[Operation]) -> Coverage:
 class Converter:
     """What is known while the graph is written: the TFLite tensors of every ONNX tensor."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, *, int8_interface: bool = False) -> None:
         self.graph, self.builder = graph, Builder()
         self.schema = self.builder.schema
         self.readers = graph.consumers()
@@ -101,9 +105,20 @@ class Converter:
         self._constants: dict[tuple[Any, ...], Tensor] = {}
         self.inputs = {}
         for name in graph.inputs:
-            tensor = self.builder.tensor(name, graph.shape(name), graph.types[name].name)
-            self.inputs[name] = tensor
-            self._views[name] = {(False, False): tensor}
+            shape, params = graph.shape(name), self._input_params(name) if int8_interface else None
+            last = params is not None and len(shape) == 4
+            shape = tuple(shape[axis] for axis in LAST) if last else shape
+            kind = graph.types[name].name if params is None else "int8"
+            self.inputs[name] = self.builder.tensor(name, shape, kind, params)
+            self._views[name] = {(last, params is not None): self.inputs[name]}
+
+    def _input_params(self, name: str) -> Quantization | None:
+        """Parameters of an input that is quantized wherever it is read; None for any other."""
+        readers = self.readers.get(name, [])
+        if not readers or any(reader.operator != QUANTIZE for reader in readers):
+            return None
+        found = {self.quantization_of(reader) for reader in readers}
+        return found.pop() if len(found) == 1 else None
 
     # ------------------------------------------------------------ constants
 
