@@ -29,7 +29,9 @@ def optimiser(student: nn.Module, extra: Iterable[nn.Parameter], config: DistilS
     ]
     groups = [group for group in groups if group["params"]]
     if config.optimiser == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=MOMENTUM, nesterov=True, fused=True)
+        # the fused kernel cannot take parameters that join later, without a momentum of their own yet
+        fused = not config.unfreeze
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=MOMENTUM, nesterov=True, fused=fused)
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 

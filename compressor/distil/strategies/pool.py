@@ -61,7 +61,7 @@ class Pool:
     def _known(self) -> Array:
         """Of the kept samples: has it a label (any, where a sample has several)?"""
         known = self.labels[self.kept] != UNLABELLED
-        found: Array = known.reshape(len(known), -1).any(1)
+        found: Array = np.asarray(known.reshape(len(known), -1).any(1))
         return found
 
     def _of(self, part: str) -> Array:

@@ -181,10 +181,11 @@ def test_a_scheduled_temperature_reaches_its_objective(tmp_path):
     assert result.history[-1].loss != fixed.history[-1].loss
 
 
-def test_gradual_unfreezing_opens_from_the_first_pattern_on(tmp_path):
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
+def test_gradual_unfreezing_opens_from_the_first_pattern_on(tmp_path, optimiser):
     before = convnet(3, 5).state_dict()
     seen = []
-    config = stage(epochs=3, unfreeze=["head.*", "*"], unfreeze_by=0.9, weight_decay=0.1)
+    config = stage(epochs=3, unfreeze=["head.*", "*"], unfreeze_by=0.9, weight_decay=0.1, optimiser=optimiser)
     _, student = run(
         tmp_path,
         config,
