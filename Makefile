@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := train,tensorrt-rtx,dev
+EXTRAS := train,tensorrt-rtx,openvino,litert,dev
 
 .PHONY: demo test check fix docs bench lint clean
 
@@ -20,7 +20,7 @@ demo: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/compress-for-device run recipes/digits.toml --model examples.digits.model:teacher --data examples.digits:load
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not outcome"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not outcome" -n auto --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
