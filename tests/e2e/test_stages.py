@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -51,9 +53,16 @@ weight = { kind = "linear", from = 1.0, to = 0.0 }
 
 def run(recipe: Path, out: Path, launcher: list[str], *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *launcher, "-m", "compressor.cli", "run", str(recipe), *WORDS, "--out", str(out), *words]
-    return subprocess.run(
-        command, cwd=recipe.parent, env=environment(), capture_output=True, text=True, timeout=400, check=False
-    )
+    process = subprocess.Popen(
+        command, cwd=recipe.parent, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        stdout, stderr = process.communicate(timeout=900)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the launcher's children too
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
 def test_two_processes_and_two_stages_through_the_command(tmp_path: Path) -> None:
