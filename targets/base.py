@@ -51,6 +51,14 @@ class Coverage:
 
 
 @dataclass(frozen=True)
+class OverLimit:
+    """A limit of the device that the compiled file misses. ``gap`` is how far, relative to the limit."""
+
+    what: str
+    gap: float
+
+
+@dataclass(frozen=True)
 class Compiled:
     """What a compiler made of an artifact. ``placed`` operations run on the device, ``fallback`` ones on the host."""
 
@@ -63,6 +71,8 @@ class Compiled:
     compile_seconds: float = 0.0
     notes: tuple[str, ...] = ()
     extra_files: tuple[Path, ...] = field(default=())  # go into the package beside ``path``
+    source_files: tuple[Path, ...] = field(default=())  # go there too, but are not what the device stores
+    over: tuple[OverLimit, ...] = field(default=())  # memory of the device that it does not fit: the gate rejects it
 
 
 class Session(Protocol):

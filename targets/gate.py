@@ -91,6 +91,7 @@ def quality_of(figure: Figure) -> float:
 def misses_of(row: Row, baseline: Row | None, plain: Row | None, promise: Promise) -> list[Miss]:
     """Every limit that ``row`` misses, most important first."""
     found = [*_accuracy_misses(row, baseline, promise), *_limit_misses(row, promise)]
+    found += [Miss(item.what, item.gap) for item in (row.compiled.over if row.compiled is not None else ())]
     slower_than_plain = _slower(row, plain, "slower than fp32") if plain is not None and plain is not row else []
     found += slower_than_plain
     if baseline is not None and baseline is not row and not slower_than_plain:

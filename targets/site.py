@@ -44,7 +44,8 @@ def find_site(profile: HardwareProfile, backend: TargetBackend, ready: Ready) ->
 
     - The back end runs here and the profile is this machine (or names the device that the back end found): figures are
       what the back end says they are.
-    - The back end runs here, the device is elsewhere: a stand-in for accuracy, not for latency.
+    - The back end runs here, the device is elsewhere: a stand-in for accuracy, not for latency. A simulator of the
+      device stays what it is.
     - The back end cannot run here: ONNX Runtime on the CPU runs the same ONNX file, as a stand-in for accuracy.
     """
     if ready.runs is None:
@@ -55,6 +56,9 @@ def find_site(profile: HardwareProfile, backend: TargetBackend, ready: Ready) ->
         why = "" if ready.runs is Origin.MEASURED else simulator
         state = State.PROXY if why else State.EXECUTED
         return Site(backend, profile, ready.device, ready.runs, state, False, why, key)
+    if ready.runs is Origin.SIMULATED:
+        why = f"no {profile.name} attached: {backend.name} runs here in a simulator, which has no device's speed"
+        return Site(backend, profile, ready.device, ready.runs, State.PROXY, False, why, key)
     why = f"no {profile.name} attached; measure there with the profile `this-machine`"
     return Site(backend, profile, ready.device, Origin.PROXY, State.PROXY, False, why, key)
 

@@ -152,7 +152,7 @@ def _copy_model(folder: Path, outcome: ProfileOutcome, row: Row) -> Model:
     ``model.onnx`` of the same weights lies beside that folder.
     """
     source = row.compiled.path if row.compiled is not None else row.artifact.path
-    extra = row.compiled.extra_files if row.compiled is not None else ()
+    extra = (*row.compiled.extra_files, *row.compiled.source_files) if row.compiled is not None else ()
     kind = _FORMATS.get(source.suffix, "other")
     if kind == "onnx" and any(path.name in _RESERVED for path in extra):
         kind = "other"  # a build kit: an .onnx with tools around it

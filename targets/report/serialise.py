@@ -205,7 +205,8 @@ def _map_paths(data: dict[str, Any], change: Callable[[str], str]) -> None:
         if compiled is not None:
             apply(compiled["artifact"], "path")
             apply(compiled, "path")
-            compiled["extra_files"] = [change(path) for path in compiled.get("extra_files", [])]
+            for key in ("extra_files", "source_files"):
+                compiled[key] = [change(path) for path in compiled.get(key, [])]
 
 
 def write_outcome(path: Path, outcome: ProfileOutcome, key: str) -> None:
