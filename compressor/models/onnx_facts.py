@@ -257,7 +257,12 @@ def _sum_macs(graph: GraphProto) -> int | None:
         for value in part
         if value.type.tensor_type.HasField("shape")
     }
-    shapes |= {name: tuple(tensor.dims) for name, tensor in constants(graph).items()}
+    return macs_of_shapes(graph, shapes | {name: tuple(tensor.dims) for name, tensor in constants(graph).items()})
+
+
+def macs_of_shapes(graph: GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Multiply-accumulates of Conv, ConvTranspose, Gemm and MatMul for tensors of these shapes (constants included);
+    None when one is not known."""
     total = 0
     for node in graph.node:
         if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
