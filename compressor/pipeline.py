@@ -13,6 +13,7 @@ from compressor.models.types import LoadedModel
 from compressor.profile import HardwareProfile
 from compressor.recipe import DistilStage, PruneStage, QuantizeStage, Recipe, StudentStage
 from compressor.stages.export import export, onnx_teacher
+from compressor.stages.onnx_surgery import prune_onnx
 from compressor.stages.quantization import int8_candidates
 from compressor.stages.run import Line, Run
 from compressor.stages.surgery import surgery
@@ -61,7 +62,11 @@ class Pipeline:
         run = self.run
         if run.model.onnx is not None:
             teacher = self._teacher = onnx_teacher(run, run.model.onnx)
-            return Built(teacher, replace(teacher, name="student/fp32", role="student"), None, ())
+            smaller = replace(teacher, name="student/fp32", role="student")
+            for stage in run.recipe.stage:
+                if isinstance(stage, PruneStage):
+                    smaller = prune_onnx(run, smaller, stage)
+            return Built(teacher, smaller, None, ())
         teacher, parity = export(self.teacher_run, self._start("teacher"))
         self._teacher = teacher
         student, twin = self._lines()

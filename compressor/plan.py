@@ -62,8 +62,9 @@ def recipe_problems(recipe: Recipe, kind: str, objectives: Sequence[str]) -> lis
     problems: list[Problem] = []
     for position, stage in enumerate(recipe.stage):
         where = f"stage.{position}.{stage.kind}"
-        if kind == "onnx" and not isinstance(stage, QuantizeStage):
-            problems.append(Problem(where, "an ONNX file cannot be trained or cut here; only `quantize` applies to it"))
+        if kind == "onnx" and not isinstance(stage, PruneStage | QuantizeStage):
+            what = "an ONNX file cannot be trained here; only `prune` and `quantize` apply to it"
+            problems.append(Problem(where, what))
         if isinstance(stage, DistilStage):
             problems += _objective_problems(stage, where, objectives)
     positions = [type(stage) for stage in recipe.stage]

@@ -172,6 +172,12 @@ def open_session(request: Request) -> Session:
     if data is not None and model.module is not None and not problems:
         panel, data = open_panel(request.teachers, recipe, model, raw, data, remote=request.trust_remote_code)
         problems += _module_problems(recipe, model, data, panel)
+    if data is not None and model.onnx is not None and not problems:
+        import numpy as np
+
+        from compressor.stages.onnx_surgery import onnx_problems
+
+        problems += onnx_problems(recipe, model.onnx, data.splits["calibration"].batch(np.arange(2)))
     if problems or data is None:
         raise PlanError("the plan", problems)
     plan = _plan(recipe, profiles, model, data, target_views())

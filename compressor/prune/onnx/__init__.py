@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from compressor.prune.onnx.repair import Repaired
 
 Batch = Mapping[str, Array]
+FORWARD_ONLY = ("magnitude", "activation", "random")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Cutting units out of an ONNX graph: the masked twin, the smaller constants, and the numbers nodes carry themselves."""
+"""Cutting units out of an ONNX graph: the masked twin, smaller constants, and the numbers that nodes carry."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from compressor.errors import StageError
 from compressor.models.onnx_graph import constants, opset_of
@@ -17,6 +17,7 @@ from compressor.prune.onnx.runtime import Watcher, few_samples
 from compressor.prune.onnx.trace import Call, Site, kept_along
 from compressor.types import Array
 
+TO_THE_END = 2**31 - 1
 TOLERANCE = 1e-4  # of the largest output (at least 1): committed against masked, in fp32
 
 
@@ -213,11 +214,8 @@ def _slice(edit: _Edit) -> None:
     moved = {axis: (start, stop) for axis, (start, stop, _) in bounds.items()}
     start, stop = moved[edit.site.axis]
     moved[edit.site.axis] = int(kept[:start].sum()), int(kept[:stop].sum())
-    starts, ends = [start for start, _ in moved.values()], [stop for _, stop in moved.values()]
-    wide = {axis for axis, (_, stop, _) in bounds.items() if axis != edit.site.axis}
-    ends = [
-        2**31 - 1 if axis in wide and _reaches(edit, axis, end) else end for axis, end in zip(moved, ends, strict=True)
-    ]
+    starts = [start for start, _ in moved.values()]
+    ends = [_open_end(edit, axis, stop) for axis, (_, stop) in moved.items()]
     if opset_of(edit.model) < 10:
         for name, numbers in (("starts", starts), ("ends", ends), ("axes", list(moved))):
             edit.attribute(name, numbers)
@@ -228,9 +226,9 @@ def _slice(edit: _Edit) -> None:
         edit.constant(position, numbers)
 
 
-def _reaches(edit: _Edit, axis: int, end: int) -> bool:
-    """True when a bound means "to the end", which may be elsewhere for other inputs."""
-    return end == edit.call.shape(0)[axis]
+def _open_end(edit: _Edit, axis: int, end: int) -> int:
+    """A bound that means "to the end" stays so on axes that are not cut: other inputs may be longer."""
+    return TO_THE_END if axis != edit.site.axis and end == edit.call.shape(0)[axis] else end
 
 
 def _group(edit: _Edit) -> None:
@@ -240,8 +238,3 @@ def _group(edit: _Edit) -> None:
 
 
 _WRITERS = {"reshape": _reshape, "resize": _resize, "split": _split, "slice": _slice, "group": _group}
-
-
-def as_float(tensor: TensorProto) -> Array:
-    """A constant in double precision."""
-    return numpy_helper.to_array(tensor).astype(np.float64)
