@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compressor.data.types import DataBundle
 from compressor.distil.panel import Panel
@@ -49,9 +49,16 @@ class Pipeline:
         on_event: Event = ignore_event,
         panel: Panel | None = None,
         original: tuple[LoadedModel, DataBundle] | None = None,
+        cost: tuple[str, Callable[[Any], float]] | None = None,
     ) -> None:
-        """``original`` is the teacher with its own vocabulary, where ``model`` and ``data`` have a smaller one."""
-        self.run = Run(recipe, model, data, ledger, round_to, on_event, panel, original[1] if original else None)
+        """``original`` is the teacher with its own vocabulary, where ``model`` and ``data`` have a smaller one.
+
+        ``cost`` names and prices layer shapes for latency-aware pruning.
+        """
+        self.run = Run(recipe, model, data, ledger, round_to, on_event, panel)
+        self.run.teacher_data = original[1] if original else None
+        if cost is not None:
+            self.run.cost_name, self.run.cost = cost
         self.teacher_run = self.run
         if original is not None:
             self.teacher_run = Run(recipe, *original, ledger, round_to, on_event)

@@ -191,14 +191,17 @@ class PruneStage(Frozen):
     heads: Ratio | None = None
     neurons: Ratio | None = None
     layers: Annotated[int, Field(ge=0)] = 0  # how many blocks to drop, least important first
-    importance: Literal["magnitude", "activation", "random"] = "activation"
-    scope: Literal["uniform", "global"] = "uniform"
+    importance: Literal["magnitude", "activation", "taylor", "random"] = "activation"
+    scope: Literal["uniform", "global", "latency"] = "uniform"
+    target_speedup: Annotated[float, Field(gt=1)] | None = None  # scope latency: of the layers that have weights
     round_to: Annotated[int, Field(ge=1)] | None = None  # channel multiple; the profile's when left out
     protect: tuple[str, ...] = ()  # module name patterns (fnmatch) that are never cut
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> PruneStage:
-        if not any([self.ratio, self.channels, self.heads, self.neurons, self.layers]):
+        if (self.scope == "latency") != (self.target_speedup is not None):
+            raise ValueError('`scope = "latency"` and `target_speedup` need each other')
+        if not any([self.ratio, self.channels, self.heads, self.neurons, self.layers, self.target_speedup]):
             raise ValueError("nothing to prune: give `ratio`, `channels`, `heads`, `neurons` or `layers`")
         return self
 

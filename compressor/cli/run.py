@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -102,6 +102,7 @@ def execute(
                 on_event=told,
                 panel=session.panel,
                 original=session.original,
+                cost=layer_cost(session),
             )
             built = pipeline.build()
         ledger.on_event = log
@@ -111,6 +112,19 @@ def execute(
         _stage_links(ledger, folder)
         log("run-done", {"outcomes": {outcome.profile: outcome.verdict for outcome in outcomes}})
     return summary, folder
+
+
+def layer_cost(session: Session) -> tuple[str, Callable[[Any], float]] | None:
+    """Measured latency of layers where the first profile is this machine's CPU, for pruning by latency; else None."""
+    from compressor.recipe import PruneStage
+    from targets.layer_cost import LayerCost
+
+    wanted = any(isinstance(stage, PruneStage) and stage.scope == "latency" for stage in session.recipe.stage)
+    profile = session.profiles[0]
+    if not wanted or profile.here != "this-machine":
+        return None
+    threads = profile.runtime.threads
+    return f"ONNX Runtime, {profile.name}, {threads} threads", LayerCost(threads)
 
 
 def _run_lock(folder: Path, progress: Event) -> FileLock:

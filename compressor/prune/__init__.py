@@ -19,6 +19,8 @@ from compressor.types import LayerFact
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from compressor.prune.latency import Cost
+
 Batch = Mapping[str, "Tensor"]
 
 
@@ -49,14 +51,16 @@ def check(module: nn.Module, example: Batch, config: PruneStage) -> list[Problem
     """
     from compressor.models.structure.surgery import FORWARD_ERRORS
     from compressor.models.structure.units import find_groups
-    from compressor.prune.choose import problems_of
+    from compressor.prune import latency
+    from compressor.prune.choose import candidates, problems_of
 
     try:
         groups = find_groups(module, example)
     except FORWARD_ERRORS as error:
         return [Problem("model", f"cannot be followed on its example input: {type(error).__name__}: {error}")]
     names = [name for name, _ in module.named_modules()]
-    return problems_of(groups, names, config) + _layer_problems(module, example, config)
+    found = problems_of(groups, names, config) + _layer_problems(module, example, config)
+    return found or latency.problems_of(module, example, candidates(groups, config), config)
 
 
 def prune(
@@ -68,13 +72,15 @@ def prune(
     round_to: int = 1,
     seed: int = 0,
     repair: bool = True,
+    cost: Cost | None = None,
 ) -> Pruned:
     """Cut ``module`` as ``config`` asks and return a new one.
 
     ``example`` and the batches of ``calibration`` are inputs by name, batch first. ``calibration`` is read several
     times (a list or a data loader; a generator is read into memory). ``round_to`` is the device's channel multiple.
     With ``repair`` the removed units' mean contribution moves into the next bias, and batch-norm statistics are
-    mended where that brings the outputs on calibration data nearer to the teacher's.
+    mended where that brings the outputs on calibration data nearer to the teacher's. ``cost`` prices a layer's shape
+    for the scope ``latency``; multiply-accumulates where it is left out.
 
     Raises :class:`PlanError` for what :func:`check` finds, :class:`StageError` when activation importance has no data.
     """
@@ -84,7 +90,7 @@ def prune(
     _require(module, example, config, batches)
     before = count_parameters(module), count_macs(module, example)
     work, record, facts = _drop_layers(module, example, config, batches, seed)
-    made = _cut_width(work, example, config, batches, (round_to, seed, repair))
+    made = _cut_width(work, example, config, batches, (round_to, seed, repair, cost))
     after = count_parameters(made.module), count_macs(made.module, example)
     return Pruned(
         module=made.module,
@@ -102,9 +108,9 @@ def _require(module: nn.Module, example: Batch, config: PruneStage, batches: Ite
     problems = check(module, example, config)
     if problems:
         raise PlanError("the prune stage", problems)
-    if config.importance == "activation" and next(iter(batches), None) is None:
+    if config.importance in ("activation", "taylor") and next(iter(batches), None) is None:
         hint = 'Give calibration data, or choose `importance = "magnitude"`.'
-        raise StageError("activation importance needs calibration data, and there is none", hint=hint)
+        raise StageError(f"{config.importance} importance needs calibration data, and there is none", hint=hint)
 
 
 def _layer_problems(module: nn.Module, example: Batch, config: PruneStage) -> list[Problem]:
@@ -179,21 +185,33 @@ class _Width:
 
 
 def _cut_width(
-    work: nn.Module, example: Batch, config: PruneStage, batches: Iterable[Batch], how: tuple[int, int, bool]
+    work: nn.Module,
+    example: Batch,
+    config: PruneStage,
+    batches: Iterable[Batch],
+    how: tuple[int, int, bool, Cost | None],
 ) -> _Width:
     from compressor.models.structure.scores import score
     from compressor.models.structure.surgery import commit
     from compressor.models.structure.units import find_groups
     from compressor.prune.choose import candidates, choose
     from compressor.prune.facts import group_facts
+    from compressor.prune.latency import CostTable, widths
 
-    round_to, seed, repair = how
+    round_to, seed, repair, cost = how
     groups = find_groups(work, example)
     chosen = candidates(groups, config)
     scores = score(
-        work, chosen, config.importance, batches if repair or config.importance == "activation" else (), seed
+        work,
+        chosen,
+        config.importance,
+        batches if repair or config.importance in ("activation", "taylor") else (),
+        seed,
     )
-    cuts = choose(chosen, scores, config, round_to)
+    sizes = None
+    if config.scope == "latency":
+        sizes = widths(chosen, scores, config, round_to, CostTable(work, example, chosen, cost))
+    cuts = choose(chosen, scores, config, round_to, sizes)
     committed = commit(work, cuts, example)
     facts = group_facts(groups, cuts, committed.refused, scores, config)
     if not repair:

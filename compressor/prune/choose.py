@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -17,8 +17,10 @@ FLOOR = 0.1  # global scope leaves at least this share of every group, so that n
 
 
 def ratio_for(config: PruneStage, kind: str) -> float:
-    """The share of units of this kind to remove; hidden width is the student stage's business."""
+    """The share of units of this kind to remove (with the scope latency: at most); hidden width is not cut here."""
     own: float | None = getattr(config, kind, None) if kind in KINDS else 0.0
+    if own is None and config.ratio is None and config.scope == "latency":
+        return 1 - FLOOR  # the most that may go
     return float(own if own is not None else (config.ratio or 0.0))
 
 
@@ -61,9 +63,20 @@ def candidates(groups: Sequence[Group], config: PruneStage) -> list[Group]:
     ]
 
 
-def choose(groups: Sequence[Group], scores: Scores, config: PruneStage, round_to: int) -> list[Cut]:
-    """One cut a group; groups that lose nothing are left out. Ties keep the earlier unit."""
-    wanted = _uniform(groups, config) if config.scope == "uniform" else _global(groups, scores, config)
+def choose(
+    groups: Sequence[Group],
+    scores: Scores,
+    config: PruneStage,
+    round_to: int,
+    widths: Mapping[str, float] | None = None,
+) -> list[Cut]:
+    """One cut a group; groups that lose nothing are left out. Ties keep the earlier unit.
+
+    ``widths`` (units per group) are those of the scope ``latency``, which needs a table of costs.
+    """
+    wanted = widths
+    if wanted is None:
+        wanted = _uniform(groups, config) if config.scope == "uniform" else _global(groups, scores, config)
     cuts = []
     for group in groups:
         count = rounded(group, wanted[group.name], round_to)
@@ -113,7 +126,7 @@ def problems_of(groups: Sequence[Group], modules: Sequence[str], config: PruneSt
         problems.append(Problem("ratio", f"matches nothing: {_why_none(groups, None)}"))
     for group in chosen:
         ratio = ratio_for(config, group.kind)
-        if would_empty(group, ratio):
+        if config.scope != "latency" and would_empty(group, ratio):
             where = group.kind if getattr(config, group.kind) is not None else "ratio"
             what = f"{ratio:g} would empty `{group.name}`, which has {group.units} {group.kind}; lower it or protect it"
             problems.append(Problem(where, what))

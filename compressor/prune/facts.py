@@ -29,7 +29,10 @@ def group_facts(
         if cut is not None and group.name not in refused:
             after, action = size_of(group, len(cut.keep)), "pruned"
             method = scores.notes.get(group.name, scores.method)
-            reason = f"importance: {method}; {config.scope} ratio {ratio_for(config, group.kind):g}"
+            how = f"{config.scope} ratio {ratio_for(config, group.kind):g}"
+            if config.target_speedup is not None:
+                how = f"least importance per saved cost until {config.target_speedup:g}x"
+            reason = f"importance: {method}; {how}"
         else:
             after, action = before, "kept"
             reason = refused.get(group.name) or why_kept(group, config)
@@ -46,4 +49,6 @@ def why_kept(group: Group, config: PruneStage) -> str:
         return "; ".join((*group.hard, *group.soft))
     if not ratio_for(config, group.kind):
         return f"no ratio was asked for {group.kind}"
+    if config.scope == "latency":
+        return "other layers lose less for what they save"
     return "rounding to the device's multiple leaves it whole"

@@ -51,6 +51,8 @@ class Run:
     round_to: int  # channel multiple: the widest wish of the profiles
     on_event: Event = ignore_event
     panel: Panel | None = None  # several teachers, or one that sees something else than its student
+    cost: Callable[[Any], float] | None = None  # of a layer's shape, for latency-aware pruning; else operations
+    cost_name: str = "operations"
     teacher_data: DataBundle | None = None  # as the teacher's own file takes it, where the student's vocabulary differs
 
     @cached_property

@@ -18,6 +18,7 @@ def surgery(run: Run, line: Line, stage: StudentStage | PruneStage) -> Line:
         "calibration": run.data.digests["calibration"],
         "round_to": _multiple(run, stage),
         "seed": run.recipe.seed,
+        **({"cost": run.cost_name} if isinstance(stage, PruneStage) and stage.scope == "latency" else {}),
         "code": code_digest(
             "prune",
             "students",
@@ -53,6 +54,7 @@ def _cut(run: Run, line: Line, stage: StudentStage | PruneStage, folder: Path) -
                 run.calibration_tensors(512),
                 round_to=_multiple(run, stage),
                 seed=run.recipe.seed,
+                cost=run.cost,
             )
             metrics = {
                 "parameters_before": done.parameters_before,

@@ -13,7 +13,7 @@ import numpy.typing as npt
 Index = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Kind = Literal["channels", "heads", "neurons", "hidden"]
-Method = Literal["magnitude", "activation", "random"]
+Method = Literal["magnitude", "activation", "taylor", "random"]
 
 
 @dataclass(frozen=True)

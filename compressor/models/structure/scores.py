@@ -1,4 +1,4 @@
-"""Importance of units: weight magnitude, activation (forward only), and random as the control.
+"""Importance of units: weight magnitude, activation (forward only), Taylor (forward and backward), random as control.
 
 One interface: a :class:`Scores` value holds one number per unit and group, with mean 1 in every group, so that groups
 of different layers can be ranked together.
@@ -25,12 +25,14 @@ def score(
     calibration: Iterable[Mapping[str, Tensor]] = (),
     seed: int = 0,
 ) -> Scores:
-    """Score every unit of ``groups``. ``calibration`` is read once, batch by batch, and is only needed for activation.
+    """Score every unit of ``groups``. ``calibration`` is read once, batch by batch (twice for taylor), and is only
+    needed for activation and taylor.
 
-    Where activation cannot be watched (a weight used by hand instead of by a layer) magnitude stands in, with a note.
+    Where activations cannot be watched (a weight used by hand instead of by a layer) magnitude stands in, with a note.
     """
     statistics = ActivationStatistics(module, groups)
     statistics.observe(calibration)
+    observed = _taylor(module, groups, calibration, seed) if method == "taylor" else statistics
     generator = np.random.default_rng(seed)
     units: dict[str, Floats] = {}
     notes: dict[str, str] = {}
@@ -38,11 +40,19 @@ def score(
         if method == "random":
             units[group.name] = normalised(generator.random(group.units))
             continue
-        found = statistics.importance(group) if method == "activation" else None
-        if found is None and method == "activation":
+        found = observed.importance(group) if method in ("activation", "taylor") else None
+        if found is None and method != "magnitude":
             notes[group.name] = "magnitude: its activations could not be watched"
         units[group.name] = found if found is not None else magnitude(module, group)
     return Scores(method, units, statistics.means(), notes, statistics.samples)
+
+
+def _taylor(module: nn.Module, groups: Sequence[Group], calibration: Iterable[Mapping[str, Tensor]], seed: int) -> Any:
+    from compressor.models.structure.taylor import TaylorStatistics
+
+    made = TaylorStatistics(module, groups, seed)
+    made.observe(calibration)
+    return made
 
 
 def magnitude(module: nn.Module, group: Group) -> Floats:
