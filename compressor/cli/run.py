@@ -121,7 +121,7 @@ def layer_cost(session: Session) -> tuple[str, Callable[[Any], float]] | None:
 
     wanted = any(isinstance(stage, PruneStage) and stage.scope == "latency" for stage in session.recipe.stage)
     profile = session.profiles[0]
-    if not wanted or profile.here != "this-machine":
+    if not wanted or profile.here != "this-machine" or profile.target != "onnxruntime-cpu":
         return None
     threads = profile.runtime.threads
     return f"ONNX Runtime, {profile.name}, {threads} threads", LayerCost(threads)

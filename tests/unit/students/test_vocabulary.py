@@ -85,7 +85,7 @@ def opened(folder: Path, kind: str, **stage: object) -> tuple[Any, Any, Trimmed 
 
 
 def tensors(split: Any, count: int = 8) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(array) for name, array in split.batch(np.arange(count)).items()}
+    return {name: torch.from_numpy(array) for name, array in split.batch(np.arange(min(count, len(split)))).items()}
 
 
 @pytest.fixture(scope="module", params=["bert", "gpt"])
