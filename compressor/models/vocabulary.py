@@ -80,7 +80,8 @@ def _output_of(model: Any) -> nn.Module | None:
 
 
 def _path(module: nn.Module, wanted: nn.Module) -> str:
-    return next(path for path, part in module.named_modules() if part is wanted)
+    found: str = next(path for path, part in module.named_modules() if part is wanted)
+    return found
 
 
 def read_ids(module: nn.Module, keep: Sequence[int]) -> nn.Module:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from compressor.errors import Problem
+from compressor.errors import Problem, StageError
 from compressor.models.structure.groups import Cut, Group, Index, Scores
 from compressor.recipe import PruneStage
 
@@ -75,6 +75,8 @@ def choose(
     ``widths`` (units per group) are those of the scope ``latency``, which needs a table of costs.
     """
     wanted = widths
+    if wanted is None and config.scope == "latency":
+        raise StageError("the scope `latency` needs a table of costs, which this kind of model has not here")
     if wanted is None:
         wanted = _uniform(groups, config) if config.scope == "uniform" else _global(groups, scores, config)
     cuts = []
