@@ -63,11 +63,13 @@ def check(model: ModelProto, example: Batch, config: PruneStage) -> list[Problem
 def _problems(structure: Structure, config: PruneStage) -> list[Problem]:
     from compressor.prune.choose import problems_of
 
-    layers = Problem(
-        "layers", "whole layers are dropped from a module only; cut `channels` and `neurons` of an ONNX file"
-    )
     problems = problems_of(structure.groups, list(structure.operators), config)
-    return problems + ([layers] if config.layers else [])
+    if config.layers:
+        problems.append(Problem("layers", "whole layers cannot be dropped from an ONNX file; cut channels and neurons"))
+    if config.importance not in FORWARD_ONLY:
+        what = f"`{config.importance}` needs gradients, which an ONNX file has not; one of {', '.join(FORWARD_ONLY)}"
+        problems.append(Problem("importance", what))
+    return problems
 
 
 def prune(

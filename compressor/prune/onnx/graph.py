@@ -82,7 +82,7 @@ def _group_roots(space: LabelSpace, roots: Index) -> list[tuple[Entries, list[in
     for root, found in places.items():
         shape = tuple(sorted((number, len(positions)) for number, positions in found.items()))
         classes[(shape, root in stays)].append(root)
-    grouped = []
+    grouped: list[tuple[Entries, list[int]]] = []
     for (signature, _), members in sorted(classes.items()):
         main = signature[0][0]
         members.sort(key=lambda root: places[root][main][0])

@@ -236,4 +236,4 @@ def kept_along(space: LabelSpace, value: Value, axis: int, gone: Index) -> Index
     if layer is None:
         return None
     others = tuple(other for other in range(layer.ndim) if other != axis)
-    return alive(space, layer, gone).max(axis=others)
+    return np.asarray(alive(space, layer, gone).max(axis=others))
