@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from compressor.cli.output import stdout_json, table
 from compressor.errors import CompressError, TargetUnavailable
 from compressor.profile import HardwareProfile, load_profile
+from compressor.recipe import PruneStage, Recipe
 from compressor.types import Array, Artifact, Figure, Format, Measurement, Origin, TensorSpec, Unavailable, file_digest
 
 DEFAULT_SEQUENCE = 64  # length of a dynamic dimension that is not the batch, when the profile's options do not say
@@ -167,3 +168,14 @@ def _plain(figure: Figure) -> dict[str, Any]:
         "device": figure.device,
         **figure.detail,
     }
+
+
+def layer_cost(recipe: Recipe, profile: HardwareProfile) -> tuple[str, Callable[[Any], float]] | None:
+    """Measured latency of layers where a profile is this machine's CPU, for pruning by latency; else None."""
+    from targets.layer_cost import LayerCost
+
+    wanted = any(isinstance(stage, PruneStage) and stage.scope == "latency" for stage in recipe.stage)
+    if not wanted or profile.here != "this-machine" or profile.target != "onnxruntime-cpu":
+        return None
+    threads = profile.runtime.threads
+    return f"ONNX Runtime, {profile.name}, {threads} threads", LayerCost(threads)

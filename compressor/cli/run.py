@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from compressor.cli.integrity import findings
+from compressor.cli.latency import layer_cost
 from compressor.cli.output import Progress, stdout_json
 from compressor.cli.session import Request, Session, open_session
 from compressor.cli.summary import show
@@ -102,7 +103,7 @@ def execute(
                 on_event=told,
                 panel=session.panel,
                 original=session.original,
-                cost=layer_cost(session),
+                cost=layer_cost(session.recipe, session.profiles[0]),
             )
             built = pipeline.build()
         ledger.on_event = log
@@ -112,19 +113,6 @@ def execute(
         _stage_links(ledger, folder)
         log("run-done", {"outcomes": {outcome.profile: outcome.verdict for outcome in outcomes}})
     return summary, folder
-
-
-def layer_cost(session: Session) -> tuple[str, Callable[[Any], float]] | None:
-    """Measured latency of layers where the first profile is this machine's CPU, for pruning by latency; else None."""
-    from compressor.recipe import PruneStage
-    from targets.layer_cost import LayerCost
-
-    wanted = any(isinstance(stage, PruneStage) and stage.scope == "latency" for stage in session.recipe.stage)
-    profile = session.profiles[0]
-    if not wanted or profile.here != "this-machine" or profile.target != "onnxruntime-cpu":
-        return None
-    threads = profile.runtime.threads
-    return f"ONNX Runtime, {profile.name}, {threads} threads", LayerCost(threads)
 
 
 def _run_lock(folder: Path, progress: Event) -> FileLock:
@@ -186,7 +174,7 @@ def _deploy_all(
 
 def evaluation_data(session: Session) -> EvaluationData:
     """Validation for choosing, test for the report, and real samples of batch 1 for latency."""
-    teacher = _evaluation_data(session, session.original[1]) if session.original is not None else None
+    teacher = _evaluation_data(session, session.original[1]) if session.original else None
     return replace(_evaluation_data(session, session.data), teacher=teacher)
 
 
