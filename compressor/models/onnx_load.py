@@ -22,7 +22,7 @@ def load_onnx(
     picture: bool | None = None,
     facts: OnnxFacts | None = None,
 ) -> LoadedModel:
-    """An ONNX file as a :class:`LoadedModel` without a module: only post-training stages apply.
+    """An ONNX file as a :class:`LoadedModel` without a module: only ``prune`` and ``quantize`` apply.
 
     ``picture`` says whether the data are pictures; None when that is not known. Files beside the model (config.json,
     tokenizer.json, preprocessor_config.json) are used if they are there. ``facts`` saves a second reading of the file.

@@ -64,7 +64,7 @@ class LoadedModel:
     ``module`` is in evaluation mode, takes its inputs by name (``forward(input_ids=..., attention_mask=...)`` or
     ``forward(image)`` with the names of ``inputs``) and returns one tensor: logits (N, C) or unit
     embeddings (N, D).
-    ``module`` is None for ONNX files: then only post-training stages apply.
+    ``module`` is None for ONNX files: then only ``prune`` and ``quantize`` apply.
     """
 
     kind: Literal["checkpoint", "factory", "onnx"]
