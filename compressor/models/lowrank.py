@@ -77,7 +77,8 @@ def factorise(module: nn.Module, path: str, rank: int, moment: Tensor | None = N
     first, second = factors(matrix, rank, moment)
     made: nn.Sequential
     if isinstance(layer, nn.Embedding):
-        made = LowRankEmbedding(layer.num_embeddings, layer.embedding_dim, rank, layer.padding_idx)
+        width, rows = matrix.shape  # not the attributes: a cut of the same record may not have told them yet
+        made = LowRankEmbedding(rows, width, rank, layer.padding_idx)
         first = first.T
     else:
         outputs, inputs = matrix.shape
