@@ -102,7 +102,7 @@ def test_compiles_and_answers_like_the_standard_says(name, small, tmp_path, exer
     compiled = backend.compile(small, profile, tmp_path / "out")
     exercised.add(name)
     assert compiled.path.is_file()
-    assert compiled.placed > 0
+    assert compiled.placed > 0 or compiled.over, "a file of which nothing runs on the device is over a limit"
     assert all(path.is_file() for path in compiled.extra_files)
     assert file_digest(small.path) == digest, "the input file is never touched"
     if state.runs is None:

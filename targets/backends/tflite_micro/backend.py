@@ -120,9 +120,10 @@ class MicroSession:
 
     def _call(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         given, found = self._folder / "inputs.npz", self._folder / "outputs.npz"
-        arrays = encode_all(self._interface, inputs)
-        # Each row keeps the batch dimension of 1 that the file has.
-        np.savez(given, **{str(place): array[:, None] for place, array in enumerate(arrays)})
+        arrays: dict[str, Any] = {}
+        for place, array in enumerate(encode_all(self._interface, inputs)):
+            arrays[str(place)] = array[:, None]  # each row keeps the batch dimension of 1 that the file has
+        np.savez(given, **arrays)
         self._worker.ask({"action": "run", "inputs": str(given), "outputs": str(found)})
         with np.load(found) as file:
             return {

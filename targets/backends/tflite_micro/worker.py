@@ -82,8 +82,9 @@ def _run(inputs: Path, outputs: Path) -> dict[str, Any]:
         interpreter.invoke()
         count = len(found[0]) if found else _outputs(interpreter)
         found.append([interpreter.get_output(place) for place in range(count)])
+    arrays: dict[str, Any] = {str(place): np.stack([row[place] for row in found]) for place in range(len(found[0]))}
     with outputs.open("wb") as stream:
-        np.savez(stream, **{str(place): np.stack([row[place] for row in found]) for place in range(len(found[0]))})
+        np.savez(stream, **arrays)
     return {"rows": len(given[0])}
 
 
