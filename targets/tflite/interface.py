@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from compressor.errors import RunError
+from compressor.errors import RunError, sdk_errors
 from compressor.types import Array
 from targets.tflite.convert import FIRST, LAST
 
@@ -68,7 +68,8 @@ def read_model(path: Path) -> Any:
         raise RunError(f"could not read `{path.name}`: {error.strerror}") from error
     if content[4:8] != b"TFL3":
         raise RunError(f"`{path.name}` is not a TFLite file")
-    return schema.ModelT.InitFromObj(schema.Model.GetRootAs(content))
+    with sdk_errors(RunError, f"read `{path.name}`", hint="The file is damaged; compile it again."):
+        return schema.ModelT.InitFromObj(schema.Model.GetRootAs(content))
 
 
 def read_interface(path: Path) -> Interface:

@@ -124,10 +124,7 @@ def _array(model: bytes) -> str:
     return head + "alignas(16) const unsigned char kModel[kModelSize] = {\n" + "\n".join(rows) + "\n};\n"
 
 
-def _program(operators: Sequence[str], interface: Interface) -> str:
-    added = "\n".join(f"  if (resolver.{RESOLVER[name]}() != kTfLiteOk) return nullptr;" for name in operators)
-    result = interface.outputs[0]
-    return f"""// Loads the model with just the operators it uses and runs it once. Give FillInput your sensor's values.
+_PROGRAM = """// Loads the model with just the operators it uses and runs it once. Give FillInput your sensor's values.
 // Build it with TensorFlow Lite for Microcontrollers and model_data.cc.
 #include <cstddef>
 #include <cstdint>
@@ -139,41 +136,54 @@ def _program(operators: Sequence[str], interface: Interface) -> str:
 #include "tensorflow/lite/micro/system_setup.h"
 #include "tensorflow/lite/schema/schema_generated.h"
 
-namespace {{
+namespace {
 
 alignas(16) uint8_t arena[kArenaSize];
 
-tflite::MicroInterpreter* Load() {{
-  static tflite::MicroMutableOpResolver<{len(operators)}> resolver;
-{added}
+tflite::MicroInterpreter* Load() {
+  static tflite::MicroMutableOpResolver<@COUNT@> resolver;
+@ADDED@
   static tflite::MicroInterpreter interpreter(tflite::GetModel(kModel), resolver, arena, kArenaSize);
   return interpreter.AllocateTensors() == kTfLiteOk ? &interpreter : nullptr;
-}}
+}
 
-{_fill(interface)}
-}}  // namespace
+@FILL@
+}  // namespace
 
-int main() {{
+int main() {
   tflite::InitializeTarget();
   tflite::MicroInterpreter* interpreter = Load();
-  if (interpreter == nullptr) {{
+  if (interpreter == nullptr) {
     MicroPrintf("the model does not load: is the arena of %d bytes too small?", static_cast<int>(kArenaSize));
     return 1;
-  }}
+  }
   FillInput(interpreter);
-  if (interpreter->Invoke() != kTfLiteOk) {{
+  if (interpreter->Invoke() != kTfLiteOk) {
     MicroPrintf("the model does not run");
     return 1;
-  }}
-  const {_C_TYPES[result.dtype]}* found = interpreter->typed_output_tensor<{_C_TYPES[result.dtype]}>(0);
+  }
+  const @RESULT@* found = interpreter->typed_output_tensor<@RESULT@>(0);
   std::size_t best = 0;
-  for (std::size_t place = 1; place < kOutput0Count; ++place) {{
+  for (std::size_t place = 1; place < kOutput0Count; ++place) {
     if (found[place] > found[best]) best = place;
-  }}
+  }
   MicroPrintf("largest output: %d", static_cast<int>(best));
   return 0;
-}}
+}
 """
+
+
+def _program(operators: Sequence[str], interface: Interface) -> str:
+    parts = {
+        "@COUNT@": str(len(operators)),
+        "@ADDED@": "\n".join(f"  if (resolver.{RESOLVER[name]}() != kTfLiteOk) return nullptr;" for name in operators),
+        "@FILL@": _fill(interface),
+        "@RESULT@": _C_TYPES[interface.outputs[0].dtype],
+    }
+    text = _PROGRAM
+    for mark, value in parts.items():
+        text = text.replace(mark, value)
+    return text
 
 
 def _fill(interface: Interface) -> str:
