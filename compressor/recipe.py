@@ -34,8 +34,8 @@ class TeacherView(Frozen):
 class MoreTeacher(TeacherView):
     """A further teacher. The student never starts from it; it only gives signals.
 
-    Its logits join the combined ``logits``; its own signals are ``name:logits``, ``name:hidden[i]`` ... A Python factory
-    is given on the command line as ``--teacher NAME=pkg.mod:factory``; an ``.onnx`` file gives logits only.
+    Its logits join the combined ``logits``; its own signals are ``name:logits``, ``name:hidden[i]`` ... A Python
+    factory is given on the command line as ``--teacher NAME=pkg.mod:factory``; an ``.onnx`` file gives logits only.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")]

@@ -70,8 +70,8 @@ def blocks_of(
     ids[: len(stream) - 1], labels[: len(stream) - 1] = stream[:-1], stream[1:]
     lengths = np.full(count, size, np.int64)
     lengths[-1] = len(stream) - 1 - (count - 1) * size
-    ids, labels = ids.reshape(count, size), labels.reshape(count, size)
-    return BlockSplit(name, labels if labelled else None, _digests(ids), ids, lengths, specs)
+    rows, answers = ids.reshape(count, size), labels.reshape(count, size)
+    return BlockSplit(name, answers if labelled else None, _digests(rows), rows, lengths, specs)
 
 
 def _digests(ids: Array) -> Array:

@@ -207,14 +207,9 @@ def _samples(inputs: Any, labels: Any, subject: str) -> RawPart:
         return RawPart("texts", list(inputs), labels)
     if isinstance(inputs, list | tuple) and len(inputs) and isinstance(inputs[0], bytes | Path):
         return RawPart("files", list(inputs), labels)
-    if (
-        isinstance(inputs, list | tuple)
-        and len(inputs)
-        and isinstance(inputs[0], list)
-        and isinstance(inputs[0][:1], list)
-    ):
-        if inputs[0] and isinstance(inputs[0][0], str):
-            return RawPart("words", [tuple(words) for words in inputs], labels)
+    nested = isinstance(inputs, list | tuple) and len(inputs) and isinstance(inputs[0], list) and inputs[0]
+    if nested and isinstance(inputs[0][0], str):
+        return RawPart("words", [tuple(words) for words in inputs], labels)
     array = np.asarray(inputs)
     if array.dtype.kind not in "fiub" or array.ndim == 0:
         raise ConfigError.single(

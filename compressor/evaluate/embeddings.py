@@ -108,7 +108,8 @@ def _gains(scores: Array, relevant: Array, at: int) -> Array:
 
 def _unit(embeddings: Array) -> Array:
     length = np.linalg.norm(embeddings, axis=1, keepdims=True)
-    return np.divide(embeddings, length, out=np.zeros_like(embeddings), where=length > 0)
+    found: Array = np.divide(embeddings, length, out=np.zeros_like(embeddings), where=length > 0)
+    return found
 
 
 def regression_loyalty(reference: Array, outputs: Array, cap: int = PAIR_CAP) -> float:

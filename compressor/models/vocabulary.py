@@ -52,7 +52,7 @@ class Tables:
 
 def tables_of(module: nn.Module) -> Tables | None:
     """The tables of a transformers model inside ``module``; None where there is none, or more than one embedding."""
-    for prefix, part in module.named_modules():
+    for part in module.modules():
         if not callable(getattr(part, "get_input_embeddings", None)):
             continue
         try:

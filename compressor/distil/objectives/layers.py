@@ -57,8 +57,8 @@ def pairs(
         own = {name.removeprefix(f"{owner}:"): count for name, count in teacher.items() if name.startswith(f"{owner}:")}
         if not own:
             return [], [f"there is no teacher `{owner}`"]
-        found, problems = pairs(match.model_copy(update={"teacher": signal}), student, own)
-        return [(first, f"{owner}:{second}") for first, second in found], problems
+        own_pairs, problems = pairs(match.model_copy(update={"teacher": signal}), student, own)
+        return [(first, f"{owner}:{second}") for first, second in own_pairs], problems
     names, problems = [], list[str]()
     for who, text, have in (("student", match.student, student), ("teacher", match.teacher, teacher)):
         found = _PATTERN.fullmatch(text)

@@ -13,8 +13,8 @@ Defaults = Callable[[str], Mapping[str, str]]  # objective -> its options' defau
 def smoothing_warnings(recipe: Recipe, defaults: Defaults) -> tuple[str, ...]:
     """A warning for every objective with a temperature above 1 that meets a teacher trained with label smoothing.
 
-    Chandrasegaran et al., "Revisiting Label Smoothing and Knowledge Distillation Compatibility: What was Missing?", ICML
-    2022: with smoothing 0.1, ResNet-50 to ResNet-18 on ImageNet falls from 71.67 % at temperature 1 to 67.75 at 3.
+    Chandrasegaran et al., "Revisiting Label Smoothing and Knowledge Distillation Compatibility: What was Missing?",
+    ICML 2022: with smoothing 0.1, ResNet-50 to ResNet-18 on ImageNet falls from 71.67 % at temperature 1 to 67.75 at 3.
     """
     smoothed = {item.name: item.label_smoothing for item in recipe.teacher.more}
     smoothed["main"] = recipe.teacher.label_smoothing

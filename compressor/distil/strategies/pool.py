@@ -68,7 +68,8 @@ class Pool:
         """Positions of the kept samples of a part."""
         own = self.data.owners[self.kept]
         if part == "transfer":
-            return self.kept[own == 1]
+            own_part: Array = self.kept[own == 1]
+            return own_part
         return self.kept[own == 0] if part == "train" else self.kept
 
     def _keep(self, judged: Array, chosen: Array, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Widths by cost: the table follows every cut, the target is reached and committed, what cannot be reached is refused."""
+"""Widths by cost: the table follows every cut, the target is reached, what cannot be reached is refused."""
 
 from __future__ import annotations
 
