@@ -30,11 +30,8 @@ def judgements(part: RawPart, rows: Array, task: Task, name: str) -> Array:
     """What :func:`compressor.evaluate.score` needs of these pairs, one row a text.
 
     ``sentence-similarity``: float64 (2n, 2), number and human score of the pair. ``retrieval``: int64 (2n, 2), number
-    of the query's text and 0 for a query, number of the query's text and 1 + number of the passage's for a passage; equal
-    texts have equal numbers.
-
-    Raises:
-        PlanError: there are no pairs, or a score is missing or no number.
+    of the query's text and 0 for a query, number of the query's text and 1 + number of the passage's for a passage;
+    equal texts have equal numbers.
     """
     if not is_paired(part):
         hint = "Give `data.text` and `data.text_pair`: query and passage, or the two sentences."
