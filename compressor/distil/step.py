@@ -191,8 +191,8 @@ class Gradients:
             inputs = _blend(inputs, self.parts.load(draw.partners, view), draw.share)
             partners = self._labels[torch.from_numpy(draw.partners)]
         labels = self._labels[torch.from_numpy(draw.positions)]
-        by_token = labels.dim() == 2 and not labels.is_floating_point()
-        return Piece(draw, inputs, batch_of(labels, inputs, by_token=by_token), partners)
+        batch = batch_of(labels, inputs, by_token=self.parts.data.by_token)
+        return Piece(draw, inputs, batch, partners)
 
     def _terms(self, piece: Piece, view: int, step: Step) -> list[Term]:
         parts = self.parts

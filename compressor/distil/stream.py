@@ -25,7 +25,9 @@ class TrainingSet:
     def __init__(self, parts: Sequence[Split]) -> None:
         self._parts = tuple(parts)
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
-        known = _labels(parts[0])  # (N,), or (N, C) for several labels a sample
+        known = _labels(parts[0])  # (N,), (N, C) for several labels a sample, or (N, L) for one a token
+        given = parts[0].labels
+        self.by_token = given is not None and given.ndim == 2 and np.issubdtype(given.dtype, np.integer)
         unknown = [np.full((len(part), *known.shape[1:]), UNLABELLED, dtype=np.int64) for part in parts[1:]]
         self.labels = np.concatenate([known, *unknown])
         self._known = self.labels  # the digest is of these: the teacher's outputs do not depend on labels made later

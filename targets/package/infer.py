@@ -481,7 +481,7 @@ def load_tokenizer(path: Path, by_word: bool = False) -> Encode:
     if is_plain(spec):
         plain = WordPiece(spec)
 
-        def encode(sentence: str, longest: int, second: str | None) -> tuple[list[int], list[int]]:
+        def encode(sentence: str, longest: int, second: str | None = None) -> tuple[list[int], list[int]]:
             if second is not None:
                 return plain.encode_pair(sentence, second, longest)
             ids = plain.encode(sentence, longest)
@@ -497,7 +497,7 @@ def load_tokenizer(path: Path, by_word: bool = False) -> Encode:
     library = Tokenizer.from_str(text)
     library.no_padding()
 
-    def encode_with_library(sentence: str, longest: int, second: str | None) -> tuple[list[int], list[int]]:
+    def encode_with_library(sentence: str, longest: int, second: str | None = None) -> tuple[list[int], list[int]]:
         library.enable_truncation(longest)
         found = library.encode(sentence.split() if by_word else sentence, second, is_pretokenized=by_word)
         return found.ids, found.type_ids

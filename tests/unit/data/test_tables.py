@@ -61,7 +61,7 @@ def test_numbers_become_a_matrix(tmp_path: Path) -> None:
         ("x.jsonl", '{"text": "a"}\n{"text": \n', "line 2: is not JSON"),
         ("x.jsonl", '{"text": "a"}\n{"txt": "b"}\n', "row 2: has the keys txt, not text"),
         ("x.json", "3", "neither a list of objects"),
-        ("x.xlsx", "x", r"known are \.csv"),
+        ("x.xlsx", "x", r"known are \.conll, \.csv"),
         ("x.csv", "a,b\nx,1\ny z,2\n", "there is no column `sentence`"),
     ],
 )
