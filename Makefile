@@ -20,7 +20,7 @@ demo: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/compress-for-device run recipes/digits.toml --model examples.digits.model:teacher --data examples.digits:load
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not outcome" -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not outcome" -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
