@@ -22,7 +22,7 @@ def recipe(*stages: dict[str, object]) -> Recipe:
 
 def test_plan_allows_prune_and_refuses_training() -> None:
     assert recipe_problems(recipe({"kind": "prune", "ratio": 0.2}, {"kind": "quantize"}), "onnx", []) == []
-    problems = recipe_problems(recipe({"kind": "distil"}), "onnx", [])
+    problems = recipe_problems(recipe({"kind": "distil"}), "onnx", ["kd"])
     assert [problem.where for problem in problems] == ["stage.0.distil"]
     assert "only `prune` and `quantize`" in problems[0].what
 
