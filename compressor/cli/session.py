@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -180,7 +180,7 @@ def open_session(request: Request) -> Session:
         problems += onnx_problems(recipe, model.onnx, data.splits["calibration"].batch(np.arange(2)))
     if problems or data is None:
         raise PlanError("the plan", problems)
-    plan = _plan(recipe, profiles, model, data, target_views())
+    plan = _plan(recipe, profiles, model, data, target_views(profile.target for profile in profiles))
     plan = replace(plan, steps=(plan.steps[0], told, *plan.steps[1:])) if told else plan
     banks = bank_lines(panel, model, recipe, data, request.out / "cache" / "teacher")
     return Session(request, recipe, profiles, model, data, replace(plan, banks=banks), panel, original)
@@ -265,13 +265,14 @@ def _module_problems(recipe: Recipe, model: LoadedModel, data: DataBundle, panel
     return problems
 
 
-def target_views() -> Mapping[str, TargetView]:
-    """What each back end can do here, as the planner sees it."""
+def target_views(wanted: Iterable[str] | None = None) -> Mapping[str, TargetView]:
+    """What the back ends (all, or those ``wanted``: probing loads their runtimes) can do here."""
     from targets.base import Ready
-    from targets.registry import probe_all
+    from targets.registry import names, probe
 
     views: dict[str, TargetView] = {}
-    for name, found in probe_all().items():
+    for name in names() if wanted is None else sorted(set(wanted)):
+        found = probe(name)
         if isinstance(found, Ready):
             views[name] = TargetView(name, True, found.runs.value if found.runs else None, found.why_not)
         else:
