@@ -25,11 +25,11 @@ from torch import nn
 
 from compressor.data.types import DataBundle
 from compressor.distil.loop import distil
+from compressor.distil.probes.paired import interval, verdict
 from compressor.recipe import DistilStage
 from compressor.types import Array, Inputs
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
-T_95 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860, 9: 1.833}  # Student's t
 TEST_IMAGES = 5000
 BATCH = 64
 
@@ -177,28 +177,6 @@ class Bench:
             labels_only=teacher is None,
         )
         model.eval()
-
-
-def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """90 % t-interval of the mean of paired differences."""
-    mean, count = statistics.fmean(differences), len(differences)
-    half = T_95[count - 1] * statistics.stdev(differences) / count**0.5
-    return mean - half, mean + half
-
-
-def verdict(differences: Sequence[float]) -> str:
-    """What the paired seeds allow to say.
-
-    >>> verdict([1.0, 0.5, 2.0, 0.1, 0.2]), verdict([1.0, -1.0, 0.5, -0.4, 0.1]), verdict([-1.0, -1.1, -0.9, -1.0])
-    ('5/5', 'no difference shown', 'worse')
-    """
-    low, high = interval(differences)
-    wins = sum(d > 0 for d in differences)
-    if wins == len(differences):
-        return f"{wins}/{wins}"
-    if low > 0:
-        return "better"
-    return "worse" if high < 0 or all(d < 0 for d in differences) else "no difference shown"
 
 
 def measure(row: Row, bench: Bench, seeds: int) -> str:
