@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,18 +50,33 @@ def has_convolutions(module: nn.Module) -> bool:
     return any(isinstance(part, nn.Conv2d) for part in module.modules())
 
 
-def bf16_units(device: Any) -> bool:
-    """Does the processor multiply bfloat16 matrices in hardware (AMX, or a GPU that says so)?
+def may_gain(student: nn.Module, device: Any) -> bool:
+    """Is bfloat16 worth a trial on this processor and network?
 
-    Vector-only bfloat16 (AVX-512 BF16) does not count: training was twice as slow with it as in float32.
+    Yes on a GPU that has it and with matrix units (AMX). With vector instructions only (AVX-512 BF16) where there is no
+    convolution: matrix products of a transformer gain there, training with convolutions was twice as slow.
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    has = _processor_has()
+    return has("amx_bf16") or (has("avx512_bf16") and not _convolves(student))
+
+
+def _processor_has() -> Callable[[str], bool]:
     ask = getattr(torch.cpu, "get_capabilities", None)
     if ask is not None:
-        return bool(ask().get("amx_bf16", False))
+        found = ask()
+        return lambda name: bool(found.get(name, False))
     cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text(encoding="utf-8")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    return lambda name: name in text
+
+
+def _convolves(module: nn.Module) -> bool:
+    """Does it hold a convolution of any number of dimensions?"""
+    from torch.nn.modules.conv import _ConvNd
+
+    return any(isinstance(part, _ConvNd) for part in module.modules())
 
 
 def decide(
@@ -75,7 +90,7 @@ def decide(
     channels_last = has_convolutions(student)
     if wanted != "auto":
         return Numerics(wanted, channels_last)
-    if not bf16_units(device):
+    if not may_gain(student, device):
         return Numerics("fp32", channels_last)
     note = notes / f"precision-{_key(student, inputs, device)}.json"
     if note.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -113,6 +113,9 @@ class Gradients:
         self._buffers = [b for b in parts.student.buffers() if b.is_floating_point()]
         self._forecast = Forecast()
         self._whole = accumulate == 1 and parts.processes.count == 1
+        labels = parts.data.labels
+        self._known = (labels != UNLABELLED).reshape(len(labels), -1).any(-1)
+        self._spares = not parts.objectives and not _mixes_samples(parts.student)
 
     def compute(
         self, draw: Draw, view: int, step: Step, weights: Sequence[float], due: bool
@@ -182,6 +185,7 @@ class Gradients:
         return total, counts
 
     def _piece(self, draw: Draw, view: int, index: int) -> Piece:
+        draw = self._teaching(draw)
         inputs = self.parts.load(draw.positions, view)
         written = self.parts.rollouts.batch(inputs, index) if self.parts.rollouts is not None else None
         if written is not None:
@@ -193,6 +197,13 @@ class Gradients:
         labels = self._labels[torch.from_numpy(draw.positions)]
         batch = batch_of(labels, inputs, by_token=self.parts.data.by_token)
         return Piece(draw, inputs, batch, partners)
+
+    def _teaching(self, draw: Draw) -> Draw:
+        """Where labels alone teach, samples without one change no gradient: they are not computed."""
+        known = self._known[draw.positions]
+        if not self._spares or draw.partners is not None or known.all():
+            return draw
+        return replace(draw, positions=draw.positions[known] if known.any() else draw.positions[:1])
 
     def _terms(self, piece: Piece, view: int, step: Step) -> list[Term]:
         parts = self.parts
@@ -252,6 +263,13 @@ class Gradients:
 
 
 _FACTS = 6
+
+
+def _mixes_samples(module: nn.Module) -> bool:
+    """Does what one sample gives depend on the others of its batch, through batch statistics?"""
+    from torch.nn.modules.batchnorm import _NormBase
+
+    return any(isinstance(part, _NormBase) for part in module.modules())
 
 
 def _facts(piece: Piece) -> Tensor:

@@ -320,3 +320,34 @@ def test_callers_random_state_and_settings_are_left_alone(tmp_path):
     run(tmp_path, stage(), student=student, teacher=teacher)
     assert torch.equal(torch.rand(3), expected)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_null_twin_does_not_compute_what_has_no_label(tmp_path, monkeypatch):
+    """Same weights as with all samples computed, and fewer samples; batch statistics would need them all."""
+    from compressor.distil import step
+
+    def trained(name):
+        sizes = []
+        twin = transformer(1, 7)
+        twin.register_forward_pre_hook(
+            lambda _, __, named: sizes.append(len(named["input_ids"])) if twin.training else None, with_kwargs=True
+        )
+        data = bundle(Sentences, 64, transfer=128)
+        run(tmp_path, stage(optimiser="sgd"), data=data, student=twin, name=name, labels_only=True)
+        return twin, sum(sizes)
+
+    spared, few = trained("spared")
+    monkeypatch.setattr(step, "_mixes_samples", lambda _: True)
+    whole, all_ = trained("whole")
+    assert all_ == 2 * 192
+    assert 2 * 64 <= few <= 2 * 64 + 2  # a batch without any label keeps one sample
+    for mine, theirs in zip(spared.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_batch_statistics_keep_the_null_twins_unlabelled_samples(tmp_path):
+    data, seen = bundle(transfer=96), []
+    batch = data.splits["transfer"].batch
+    data.splits["transfer"].batch = lambda index: (seen.append(len(index)), batch(index))[1]
+    run(tmp_path, stage(epochs=1), data=data, labels_only=True)
+    assert sum(seen) >= 96
