@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.data.types import DataBundle
 from compressor.distil.panel import Panel
+from compressor.errors import StageError
 from compressor.ledger import Event, Ledger, ignore_event
 from compressor.models.types import LoadedModel
 from compressor.profile import HardwareProfile
@@ -18,7 +19,7 @@ from compressor.stages.quantization import int8_candidates
 from compressor.stages.run import Line, Run
 from compressor.stages.surgery import surgery
 from compressor.stages.training import distil
-from compressor.types import Artifact, Role
+from compressor.types import Artifact, Role, StageResult
 
 if TYPE_CHECKING:
     from compressor.export.verify import Parity
@@ -33,6 +34,21 @@ class Built:
     null_twin: Artifact | None
     parity: tuple[Parity, ...]
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Student and null twin of one seed, as checked fp32 ONNX files, and the stages that made them."""
+
+    seed: int
+    student: Artifact
+    null_twin: Artifact
+    stages: tuple[StageResult, ...] = ()
+
+
+def trains_twin(recipe: Recipe, stage: DistilStage, data: DataBundle) -> bool:
+    """Does this stage train the null twin? It needs labels."""
+    return recipe.null_twin and data.splits["train"].labels is not None and stage.data != "transfer"
 
 
 class Pipeline:
@@ -76,7 +92,7 @@ class Pipeline:
             return Built(teacher, smaller, None, ())
         teacher, parity = export(self.teacher_run, self._start("teacher"))
         self._teacher = teacher
-        student, twin = self._lines()
+        student, twin = self._lines(run)
         exported, more = export(run, student)
         parity += more
         twin_file = None
@@ -84,6 +100,22 @@ class Pipeline:
             twin_file, more = export(run, twin)
             parity += more
         return Built(teacher, exported, twin_file, parity)
+
+    def pair(self, seed: int, ledger: Ledger) -> Pair:
+        """Student and null twin trained with another seed on the same cut of the data.
+
+        ``ledger`` is another view of the same store, so that its stages are not counted as stages of this run.
+
+        Raises:
+            StageError: the recipe trains no null twin.
+        """
+        recipe = self.run.recipe.model_copy(update={"seed": seed})
+        run = replace(self.run, recipe=recipe, ledger=ledger)
+        student, twin = self._lines(run)
+        if twin is None:
+            raise StageError("there is no null twin to compare with", hint="Leave --seeds out.")
+        files = [export(run, line)[0] for line in (student, twin)]
+        return Pair(seed, *files, tuple(ledger.results))
 
     def variants(self, student: Artifact, profile: HardwareProfile) -> tuple[tuple[Artifact, ...], Mapping[str, str]]:
         """The int8 candidates of a profile, quantized once for equal rules, and what was not made. The promise of
@@ -95,20 +127,19 @@ class Pipeline:
         run = self.teacher_run if role == "teacher" else self.run
         return Line(role, run.model.provenance.digest, lambda: run.teacher)
 
-    def _lines(self) -> tuple[Line, Line | None]:
+    def _lines(self, run: Run) -> tuple[Line, Line | None]:
         student = self._start("student")
         twin: Line | None = None
-        for stage in self.run.recipe.stage:
+        for stage in run.recipe.stage:
             match stage:
                 case StudentStage() | PruneStage():
-                    student = surgery(self.run, student, stage)
-                    twin = surgery(self.run, twin, stage) if twin is not None else None
+                    student = surgery(run, student, stage)
+                    twin = surgery(run, twin, stage) if twin is not None else None
                 case DistilStage():
                     before = student
-                    student = distil(self.run, before, stage, labels_only=False)
-                    labelled = self.run.data.splits["train"].labels is not None and stage.data != "transfer"
-                    if self.run.recipe.null_twin and labelled:
-                        twin = distil(self.run, twin or replace(before, role="null-twin"), stage, labels_only=True)
+                    student = distil(run, before, stage, labels_only=False)
+                    if trains_twin(run.recipe, stage, run.data):
+                        twin = distil(run, twin or replace(before, role="null-twin"), stage, labels_only=True)
                 case QuantizeStage():
                     pass
         return student, twin

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,7 @@ def _train(run: Run, line: Line, stage: DistilStage, folder: Path, *, labels_onl
         (work / START).mkdir(parents=True, exist_ok=True)
         save_student(work / START, student, line.record)
         order = {"stage": stage.model_dump(mode="json"), "labels_only": labels_only, "work": str(work)}
+        order |= {"seed": run.recipe.seed}
         Processes().tell(order)
     monitor = None if labels_only else _monitor(run, folder)
     score = run.validation_score if monitor is None else partial(run.validation_score, watch=monitor.observe)
@@ -99,7 +101,8 @@ def follow(run: Run) -> None:
     while (order := processes.hear()) is not None:
         work = Path(order["work"])
         student, stage = load_student(work / START, run.teacher), DistilStage.model_validate(order["stage"])
-        _fit(run, student, stage, work, run.validation_score, ignore_event, labels_only=order["labels_only"])
+        seeded = replace(run, recipe=run.recipe.model_copy(update={"seed": order["seed"]}))
+        _fit(seeded, student, stage, work, seeded.validation_score, ignore_event, labels_only=order["labels_only"])
 
 
 def release() -> None:
