@@ -71,9 +71,10 @@ def blocks_of(
     lengths = np.full(count, size, np.int64)
     lengths[-1] = len(stream) - 1 - (count - 1) * size
     rows, answers = ids.reshape(count, size), labels.reshape(count, size)
-    return BlockSplit(name, answers if labelled else None, _digests(rows), rows, lengths, specs)
+    return BlockSplit(name, answers if labelled else None, digests_of(rows), rows, lengths, specs)
 
 
-def _digests(ids: Array) -> Array:
+def digests_of(ids: Array) -> Array:
+    """16 bytes of BLAKE2b for each row of ids, ``S16`` (N,)."""
     found = [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in ids]
     return np.frombuffer(b"".join(found), dtype="S16")

@@ -22,6 +22,9 @@ class Split(Protocol):
         """Preprocessed, stacked model inputs by name for these positions (text padded to the batch's longest)."""
         ...
 
+    # A split may also have ``fields(index) -> Inputs``: fields of ``compressor.distil.objectives.base.Batch`` by name,
+    # a row a sample (see ``compressor.data.alignment``).
+
 
 @dataclass(frozen=True)
 class NearDuplicates:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,14 +79,23 @@ class TrainingSet:
 
     def batch(self, positions: Array) -> dict[str, Tensor]:
         """Model inputs of these samples, in their order; text from both parts is padded to one length."""
+        return self._gathered(positions, lambda part, index: part.batch(index))
+
+    def fields(self, positions: Array) -> dict[str, Tensor]:
+        """What the parts say of these samples beside inputs and labels (see ``Split.fields``); empty for most data."""
+        if not all(hasattr(part, "fields") for part in self._parts):
+            return {}
+        return self._gathered(positions, lambda part, index: part.fields(index))
+
+    def _gathered(self, positions: Array, of: Callable[[Any, Array], Mapping[str, Array]]) -> dict[str, Tensor]:
         if self._rows is not None:
             positions = self._rows[positions]
         if len(self._parts) == 1:
-            return _tensors(self._parts[0].batch(positions))
+            return _tensors(of(self._parts[0], positions))
         owner = np.searchsorted(self._starts[1:], positions, side="right")
         groups = [np.flatnonzero(owner == part) for part in range(len(self._parts))]
         made = [
-            _tensors(part.batch(positions[rows] - self._starts[i]))
+            _tensors(of(part, positions[rows] - self._starts[i]))
             for i, (part, rows) in enumerate(zip(self._parts, groups, strict=True))
             if len(rows)
         ]

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from compressor.config import Frozen
+from compressor.distil.objectives import layers
 from compressor.distil.objectives.base import Batch, Counts, Needs, SignalObjective, Signals, Step, Term
 from compressor.distil.objectives.divergence import log_probabilities
 from compressor.distil.objectives.rows import UNLABELLED, compact, taught, term
 from compressor.errors import StageError
-from compressor.recipe import Positive
+from compressor.recipe import Match, Positive
 
 
 class _CrossVocabulary(SignalObjective):
     """Reads the logits of both models, each over a vocabulary and token positions of its own."""
 
+    default_match: ClassVar[Match | None] = Match(student="logits", teacher="logits", proj="none")
     fields: frozenset[str] = frozenset({"mask"})
 
     def bind(self, student: Counts, teacher: Counts) -> list[str]:
-        self.needs = Needs(frozenset({"logits"}), frozenset({"logits"}), self.fields, same_vocab=False)
-        missing = [who for who, have in (("student", student), ("teacher", teacher)) if "logits" not in have]
-        return [f"the {who} has no logits" for who in missing]
+        assert self.match is not None  # there is a default
+        pairs, problems = layers.pairs(self.match, student, teacher)
+        if [pair[0] for pair in pairs] != ["logits"] or pairs[0][1].rpartition(":")[2] != "logits":
+            problems = problems or ["compares `logits` with the `logits` of a teacher"]
+        if not problems:
+            self.other = pairs[0][1]
+            names = frozenset({"logits"}), frozenset({self.other})
+            self.needs = Needs(*names, self.fields, same_vocab=False)
+        return problems
 
 
 def sorted_distance(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
@@ -45,7 +55,7 @@ class SortedProbabilities(_CrossVocabulary):
     C_T).
     Paper: Boizard et al., "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs", 2024
     (methods X10).
-    Defaults: temperature 1; the paper weighs it 1.5 beside labels (1).
+    Defaults: temperature 1; the paper weighs it 1.5 beside labels (1). Match: the further teacher, as `big:logits`.
     When: a teacher with another tokenizer whose tokens cannot be aligned.
     Worked number: teacher [2,1,0,-1,0], student [1,0,.5,-.5]: 0.333467.
     """
@@ -54,7 +64,7 @@ class SortedProbabilities(_CrossVocabulary):
         temperature: Positive = 1.0
 
     def __call__(self, s: Signals, t: Signals, batch: Batch, step: Step) -> Term:
-        student, teacher, tau = s["logits"], t["logits"], self.options.temperature
+        student, teacher, tau = s["logits"], t[self.other], self.options.temperature
         if student.dim() == 2:
             values = sorted_distance(teacher, student, tau)
             return term(values.sum(), float(len(values)), "uld")
@@ -101,6 +111,18 @@ def _chunk_of(ends: Tensor, valid: Tensor, common: Tensor) -> tuple[Tensor, Tens
     return torch.where(valid & (before < count[:, None]), before, -1), count
 
 
+def without_first(own: Tensor, other: Tensor, count: Tensor, apart: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Chunks of :func:`common_chunks` without the first one of samples (B,) whose two texts begin ``apart``."""
+    less = apart.long()
+    chunks = [torch.where(x < 0, x, x - less[:, None]) for x in (own, other)]
+    return chunks[0].clamp_min(-1), chunks[1].clamp_min(-1), (count - less).clamp_min(0)
+
+
+def _apart(batch: Batch, view: Batch, like: Tensor) -> Tensor:
+    own, other = (torch.zeros_like(like) if x.starts is None else x.starts for x in (batch, view))
+    return own != other
+
+
 def chunk_sums(values: Tensor, chunks: Tensor, count: int) -> Tensor:
     """Sum of ``values`` (B, T) over each chunk: (B, count); tokens with chunk -1 are left out."""
     found = values.new_zeros(len(values), count + 1)
@@ -117,16 +139,17 @@ def likelihood_matching(teacher: Tensor, student: Tensor, scale: float, epsilon:
 class ApproximateLikelihood(_CrossVocabulary):
     """The student finds each span of text as likely as the teacher does, whatever tokens either cuts it into.
 
-    Formula: chunks are the spans between bytes where tokens of both models end; l = sum of the log-probabilities of a
+    Formula: chunks are the spans between bytes where tokens of both models end (the first one counts where both also
+    begin together); l = sum of the log-probabilities of a
     chunk's tokens; a = l_T / scale - 1e-6, b = l_S / scale - 1e-6; loss = -[e^a b + (1 - e^a) log(1 - e^b)], mean over
-    chunks. Its minimum, at l_S = l_T, is not 0.
+    chunks. Its minimum, at l_S = l_T, is not 0. Not offered: unbiased and space chunks, other differences, GradMag.
 
     Shapes: logits (B, T_S, C_S) and (B, T_T, C_T); labels (next tokens) and `ends` (bytes) of both in the batch and its
     `view`.
     Paper: Minixhofer et al., "Universal Cross-Tokenizer Distillation via Approximate Likelihood Matching", 2025
     (methods X11; unconstrained chunks).
-    Defaults: scale 100.
-    When: a teacher with another tokenizer on the same text.
+    Defaults: scale 100. Match: the further teacher with a tokenizer of its own, as `big:logits`.
+    When: a language model whose teacher has another tokenizer (`[[teacher.more]]`) on the same text.
     Worked number: log-likelihoods -3 of the teacher and -5 of the student: 0.137799.
     """
 
@@ -138,8 +161,10 @@ class ApproximateLikelihood(_CrossVocabulary):
     def __call__(self, s: Signals, t: Signals, batch: Batch, step: Step) -> Term:
         view = batch.view or batch
         own, own_ends, own_valid = _token_logs(s["logits"], batch)
-        other, other_ends, other_valid = _token_logs(t["logits"], view)
+        other, other_ends, other_valid = _token_logs(t[self.other], view)
         own_chunks, other_chunks, count = common_chunks(own_ends, own_valid, other_ends, other_valid)
+        if batch.starts is not None or view.starts is not None:
+            own_chunks, other_chunks, count = without_first(own_chunks, other_chunks, count, _apart(batch, view, count))
         most = max(1, int(count.max()))
         student, teacher = chunk_sums(own, own_chunks, most), chunk_sums(other, other_chunks, most)
         keep = torch.arange(most, device=count.device) < count[:, None]
