@@ -104,13 +104,14 @@ class Pipeline:
     def pair(self, seed: int, ledger: Ledger) -> Pair:
         """Student and null twin trained with another seed on the same cut of the data.
 
-        ``ledger`` is another view of the same store, so that its stages are not counted as stages of this run.
+        ``ledger`` is another view of the same store, so that its stages are not counted as stages of this run, and
+        hears of the training.
 
         Raises:
             StageError: the recipe trains no null twin.
         """
         recipe = self.run.recipe.model_copy(update={"seed": seed})
-        run = replace(self.run, recipe=recipe, ledger=ledger)
+        run = replace(self.run, recipe=recipe, ledger=ledger, on_event=ledger.on_event)
         student, twin = self._lines(run)
         if twin is None:
             raise StageError("there is no null twin to compare with", hint="Leave --seeds out.")

@@ -22,6 +22,7 @@ SHORT = 2000  # labelled samples: up to here distillation beat labels alone on 5
 VERY_SHORT = 1000
 MUCH_UNLABELLED = 4  # times the labelled ones
 STEPS = 4000  # that a small student gets, by way of epochs
+SHORT_STEPS = 1300  # that a transformer with fewer layers gets: it starts from its teacher's weights
 CLASSIFIERS = ("image-classification", "text-classification")
 EMBEDDINGS = ("sentence-embedding", "sentence-similarity", "retrieval")
 
@@ -36,6 +37,12 @@ class Facts:
     unlabelled: int
     teacher: Kind
     profiles: tuple[str, ...]
+    layers: int = 0  # of a transformer; 0: not known
+
+    @property
+    def shortens(self) -> bool:
+        """Is half of the teacher's layers a student?"""
+        return self.teacher == "transformer" and self.layers > 1
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,9 @@ class _Term:
     more: dict[str, object]
 
 
-def facts_of(task: str, classes: int, labelled: int, unlabelled: int, teacher: str, profiles: tuple[str, ...]) -> Facts:
+def facts_of(
+    task: str, classes: int, labelled: int, unlabelled: int, teacher: str, profiles: tuple[str, ...], layers: int = 0
+) -> Facts:
     """Check the words of a user.
 
     Raises:
@@ -71,7 +80,9 @@ def facts_of(task: str, classes: int, labelled: int, unlabelled: int, teacher: s
         raise ConfigError.single("the question", "classes", "a classifier has at least 2", hint="Give --classes.")
     if labelled + unlabelled == 0:
         raise ConfigError.single("the question", "labelled", "there is no data", hint="Give --labelled.")
-    return Facts(task, classes, labelled, unlabelled, teacher, profiles)  # type: ignore[arg-type]  # checked above
+    if layers and teacher != "transformer":
+        raise ConfigError.single("the question", "layers", "belongs to a transformer", hint="Leave --layers out.")
+    return Facts(task, classes, labelled, unlabelled, teacher, profiles, layers)  # type: ignore[arg-type]  # checked above
 
 
 def recommend(facts: Facts) -> Proposal:
@@ -97,6 +108,13 @@ def _smaller(facts: Facts, reasons: list[str]) -> dict[str, object]:
             "prune: a student cut from its teacher beat the same size from scratch on 5 of 5 seeds (+2.9 points, U1)"
         )
         return {"kind": "prune", "ratio": 0.5, "importance": "activation"}
+    if facts.shortens:
+        kept = max(1, facts.layers // 2)
+        reasons.append(
+            f"student: {kept} of {facts.layers} layers, spread evenly: every kernel stays as wide as the runtime likes "
+            "it, and the layers that stay start from the teacher's weights (U1)"
+        )
+        return {"kind": "student", "keep_layers": kept}
     reasons.append("prune: half of heads and neurons; the layers that stay start from the teacher's weights (U1, N3)")
     return {"kind": "prune", "heads": 0.5, "neurons": 0.5}
 
@@ -105,22 +123,30 @@ def _distil(facts: Facts, reasons: list[str]) -> dict[str, object]:
     term = _term(facts)
     reasons.append(term.reason)
     samples = facts.labelled + facts.unlabelled
-    batch = 32 if facts.teacher == "transformer" else 64
-    epochs = 3 if facts.teacher == "transformer" else max(3, min(30, STEPS * batch // max(1, samples)))
-    reasons.append(f"{epochs} epochs of {samples:,} samples; `patience` stops earlier when validation no longer gains")
+    batch, epochs, rate = _effort(facts, samples)
+    reasons.append(f"{epochs} epochs of {samples:,} samples; `patience` keeps the best one on validation")
     stage: dict[str, object] = {
-        "kind": "distil", "epochs": epochs, "batch": batch,
-        "learning_rate": 1e-4 if facts.teacher == "transformer" else 3e-3,
+        "kind": "distil", "epochs": epochs, "batch": batch, "learning_rate": rate,
         "labels": term.labels, "patience": max(3, epochs // 4),
     }  # fmt: skip
     return {**stage, **term.more, "objective": term.objective}
+
+
+def _effort(facts: Facts, samples: int) -> tuple[int, int, float]:
+    """Batch, epochs and learning rate."""
+    if facts.shortens:
+        return 32, max(2, min(10, round(SHORT_STEPS * 32 / samples))), 2e-4
+    if facts.teacher == "transformer":
+        return 32, 3, 1e-4
+    return 64, max(3, min(30, STEPS * 64 // samples)), 3e-3
 
 
 def _term(facts: Facts) -> _Term:
     if facts.task in EMBEDDINGS:
         reason = "cosine of the embeddings and hidden states: no labels are needed (F1, F2)"
         match = {"student": "logits", "teacher": "logits"}
-        return _Term([{"use": "cosine", "match": match}, {"use": "hidden", "match": {"map": "last"}}], 0.0, reason, {})
+        hidden: dict[str, object] = {"use": "hidden", "match": {"map": "uniform" if facts.shortens else "last"}}
+        return _Term([{"use": "cosine", "match": match}, hidden], 0.0, reason, {})
     if facts.labelled == 0 and facts.teacher == "transformer":
         reason = "minilm-relations: no labels and no head: relations of queries, keys and values, of any width (F1)"
         return _Term([{"use": "minilm-relations"}], 0.0, reason, {})
@@ -140,6 +166,8 @@ def _classifier(facts: Facts) -> _Term:
     if facts.unlabelled and facts.labelled <= VERY_SHORT:
         reason = "dual-head: few labels beside unlabelled samples; a head each, fused at export (D1, untested on seeds)"
         return _Term([{"use": "dual-head"}], 1.0, reason, {})
+    if facts.shortens:
+        return _shortened(facts)
     if facts.classes <= VERY_FEW_CLASSES and facts.labelled > SHORT:
         reason = (
             f"lelp: {facts.classes} classes say little in their probabilities; subclasses of the teacher's embedding "
@@ -152,6 +180,17 @@ def _classifier(facts: Facts) -> _Term:
         terms.append({"use": "hidden", "weight": 0.1, "match": {"map": "last"}})
         reason += "; hidden states too, because the student was cut from its teacher (F1)"
     return _Term(terms, round(1 - weight, 2), reason, {})
+
+
+def _shortened(facts: Facts) -> _Term:
+    """A transformer classifier that loses layers."""
+    reason = (
+        "kd at temperature 1 with weight 0.9, and hidden states of every so many layers: widths agree, so that "
+        "nothing is projected (L1, F1)"
+    )
+    if facts.unlabelled:
+        reason += f"; both need no label: the {facts.unlabelled:,} unlabelled texts teach too (`data.transfer`)"
+    return _Term([_kd(1.0, 0.9), {"use": "hidden", "weight": 1.0}], 0.1, reason, {})
 
 
 def _temperature(facts: Facts) -> tuple[float, float, str]:

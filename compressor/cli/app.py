@@ -156,6 +156,7 @@ def recommend(
     labelled: Annotated[int, typer.Option("--labelled", min=0, help="Training samples with a label.")] = 0,
     unlabelled: Annotated[int, typer.Option("--unlabelled", min=0, help="Further samples without one.")] = 0,
     teacher: Annotated[str, typer.Option("--teacher", help="cnn, transformer or onnx.")] = "cnn",
+    layers: Annotated[int, typer.Option("--layers", min=0, help="Of a transformer teacher: half of them stay.")] = 0,
     profile: Profiles = None,
     json: Json = False,
 ) -> None:
@@ -163,7 +164,7 @@ def recommend(
     from compressor.cli.listing import recommend_command
     from compressor.recommend import facts_of
 
-    given = facts_of(task, classes, labelled, unlabelled, teacher, tuple(profile or ("this-machine",)))
+    given = facts_of(task, classes, labelled, unlabelled, teacher, tuple(profile or ("this-machine",)), layers)
     raise typer.Exit(recommend_command(given, as_json=json))
 
 

@@ -63,16 +63,17 @@ def _propose(session: Session) -> None:
     from compressor.recommend import facts_of, recommend
 
     splits, model = session.data.splits, session.model
-    kind = "onnx" if model.module is None else "transformer" if _attends(session) else "cnn"
+    layers = _attention_layers(session)
+    kind = "onnx" if model.module is None else "transformer" if layers else "cnn"
     labelled = len(splits["train"]) if splits["train"].labels is not None else 0
     unlabelled = (len(splits["transfer"]) if "transfer" in splits else 0) + (0 if labelled else len(splits["train"]))
-    given = facts_of(model.task, max(2, len(model.labels)), labelled, unlabelled, kind, session.recipe.profiles)
+    given = facts_of(model.task, max(2, len(model.labels)), labelled, unlabelled, kind, session.recipe.profiles, layers)
     print("the rules would choose (`compress-for-device recommend` prints the recipe):")
     for reason in recommend(given).reasons:
         print(f"  {reason}")
 
 
-def _attends(session: Session) -> bool:
+def _attention_layers(session: Session) -> int:
     from compressor.models.signals import available
 
-    return session.model.module is not None and "qkv" in available(session.model.module)
+    return available(session.model.module).get("qkv", 0) if session.model.module is not None else 0

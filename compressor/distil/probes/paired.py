@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 FEWEST = 2  # pairs that have a deviation at all
 MOST = 31
@@ -44,3 +45,29 @@ def verdict(differences: Sequence[float]) -> str:
     if low > 0:
         return "better"
     return "worse" if high < 0 or all(d < 0 for d in differences) else "no difference shown"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A summary of paired differences; positive means that the first of each pair is better."""
+
+    mean: float
+    low: float  # 90 % t-interval of the mean
+    high: float
+    wins: int
+    pairs: int
+    verdict: str
+
+
+def weigh(differences: Sequence[float]) -> Evidence:
+    """All that is told about paired differences.
+
+    Raises:
+        ValueError: fewer than 2 or more than 31 pairs.
+
+    >>> weigh([1.0, 2.0, 3.0]).wins, round(weigh([1.0, 2.0, 3.0]).mean, 3)
+    (3, 2.0)
+    """
+    low, high = interval(differences)
+    wins = sum(d > 0 for d in differences)
+    return Evidence(statistics.fmean(differences), low, high, wins, len(differences), verdict(differences))
