@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import io
 import pickle
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from compressor.errors import ConfigError, PlanError
+from compressor.models.gguf_file import GgufFacts, read_gguf
 from compressor.models.preprocessing import (
     TOKENIZER_FILE,
     bare_tokenizer,
@@ -59,12 +62,18 @@ IGNORED_WEIGHTS = ("pooler", "position_ids", "mask_token")  # not used by any ta
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """A folder being loaded: what its json files say."""
+    """A folder being loaded: what its json files, or its GGUF file, say."""
 
     source: Source
     config: dict[str, Any]
     task: Task
     remote_code: bool
+    gguf: GgufFacts | None = None
+
+    @property
+    def file(self) -> dict[str, str]:
+        """What transformers must be told to read a GGUF file."""
+        return {} if self.source.gguf is None else {"gguf_file": self.source.gguf}
 
 
 def load_checkpoint(
@@ -75,6 +84,8 @@ def load_checkpoint(
     Raises :class:`ConfigError` for unreadable or unsafe files, :class:`PlanError` for a task that is not supported or
     weights that do not fit it.
     """
+    if source.gguf is not None:
+        return _load_gguf(source, source.gguf, config, data or DataConfig())
     settings = read_json(source.path / "config.json")
     refuse_remote_code(settings, source.name, allow_remote_code)
     task = config.task or find_task(settings, source)
@@ -85,6 +96,18 @@ def load_checkpoint(
     if task in ("image-classification", "multi-label-image-classification"):
         return _image_model(checkpoint, model, config)
     return _text_model(checkpoint, model, config, data or DataConfig())
+
+
+def _load_gguf(source: Source, gguf: str, config: TeacherConfig, data: DataConfig) -> LoadedModel:
+    """A language model from one GGUF file, its weights de-quantised to float32."""
+    facts = read_gguf(source.path / gguf, source.name)
+    if config.task not in (None, "causal-lm"):
+        what = f"`{config.task}` does not fit `{source.name}`: a GGUF file is a causal language model"
+        raise PlanError.single("teacher.task", what)
+    checkpoint = _Checkpoint(source, {}, "causal-lm", False, facts)
+    with redirect_stderr(io.StringIO()):  # a progress bar that has no switch
+        model = _load_weights(checkpoint)
+    return _text_model(checkpoint, model, config, data)
 
 
 def find_task(settings: Mapping[str, Any], source: Source) -> Task:
@@ -146,6 +169,7 @@ def _load_weights(checkpoint: _Checkpoint) -> Any:
             trust_remote_code=checkpoint.remote_code,
             local_files_only=True,
             output_loading_info=True,
+            **checkpoint.file,
         )
     except (pickle.UnpicklingError, EOFError) as error:
         raise ConfigError.single(
@@ -184,12 +208,14 @@ def _refuse_new_weights(checkpoint: _Checkpoint, missing: list[str]) -> None:
 def _provenance(checkpoint: _Checkpoint, config: TeacherConfig, module: nn.Module, notes: list[str]) -> Provenance:
     from compressor.models.wrappers import state_digest
 
+    facts = checkpoint.gguf
+    found = facts.licence if facts is not None else licence_of(checkpoint.source.path)
     return Provenance(
         source=checkpoint.source.name,
         digest=state_digest(module),
-        licence=config.licence or licence_of(checkpoint.source.path),
+        licence=config.licence or found,
         revision=checkpoint.source.revision or config.revision,
-        notes=tuple(notes),
+        notes=(*notes, *(facts.notes if facts is not None else ())),
     )
 
 
@@ -287,7 +313,7 @@ def _tokenizer(checkpoint: _Checkpoint, model: Any, data: DataConfig) -> tuple[T
     folder = checkpoint.source.path
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=checkpoint.remote_code
+            folder, local_files_only=True, trust_remote_code=checkpoint.remote_code, **checkpoint.file
         )
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
         raise ConfigError.single(
@@ -321,7 +347,7 @@ def _tokenizer(checkpoint: _Checkpoint, model: Any, data: DataConfig) -> tuple[T
 def _tokenizer_text(checkpoint: _Checkpoint, backend: Any) -> str:
     """The text of tokenizer.json: the file itself where there is one, as the teacher was trained with it."""
     file = checkpoint.source.path / TOKENIZER_FILE
-    if file.is_file():
+    if file.is_file() and checkpoint.gguf is None:
         return file.read_text(encoding="utf-8")
     if backend is not None:
         return str(backend.to_str())

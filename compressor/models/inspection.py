@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from compressor.errors import Problem, ProblemList
 from compressor.models.entry import check_entry
+from compressor.models.gguf_file import read_gguf
 from compressor.models.preprocessing import labels_of
 from compressor.models.source import Source, is_offline, locate, read_json, refuse_remote_code
 from compressor.recipe import DataConfig, TeacherConfig
@@ -99,7 +100,22 @@ def _onnx_facts(source: Source, config: TeacherConfig, data: DataConfig | None) 
     )
 
 
+def _gguf_facts(source: Source, gguf: str, config: TeacherConfig) -> Inspection:
+    file = source.path / gguf
+    facts = read_gguf(file, source.name)
+    return Inspection(
+        "checkpoint",
+        config.task or "causal-lm",
+        parameters=facts.parameters,
+        file_bytes=file.stat().st_size,
+        layers=facts.layers,
+        notes=facts.notes,
+    )
+
+
 def _checkpoint_facts(source: Source, config: TeacherConfig, allow_remote_code: bool) -> Inspection:
+    if source.gguf is not None:
+        return _gguf_facts(source, source.gguf, config)
     settings = read_json(source.path / "config.json")
     refuse_remote_code(settings, source.name, allow_remote_code)
     weights = sorted(source.path.glob("*.safetensors"))

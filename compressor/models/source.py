@@ -21,12 +21,16 @@ _WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]
 
 @dataclass(frozen=True)
 class Source:
-    """A model located: an ``.onnx`` file or a checkpoint folder, with the hub id and revision it came from."""
+    """A model located: an ``.onnx`` file or a checkpoint folder, with the hub id and revision it came from.
+
+    ``gguf``: the file in the folder that holds everything, where the checkpoint is a GGUF file.
+    """
 
     kind: Literal["onnx", "checkpoint"]
     path: Path
     name: str
     revision: str | None = None
+    gguf: str | None = None
 
 
 def locate(config: TeacherConfig, *, allow_remote_code: bool = False, download: bool = True) -> Source | None:
@@ -52,7 +56,7 @@ def locate(config: TeacherConfig, *, allow_remote_code: bool = False, download: 
         return _file(path, name)
     if path.is_dir():
         check_folder(path, name)
-        return Source("checkpoint", path, name, config.revision)
+        return Source("checkpoint", path, name, config.revision, _only_gguf(path))
     if _looks_like_path(name):
         raise ConfigError.single(f"`{name}`", "teacher.model", "does not exist", hint=_near(path))
     return _hub(config, name, allow_remote_code, download)
@@ -61,6 +65,8 @@ def locate(config: TeacherConfig, *, allow_remote_code: bool = False, download: 
 def _file(path: Path, name: str) -> Source:
     if path.suffix.lower() == ".onnx":
         return Source("onnx", path, name)
+    if path.suffix.lower() == ".gguf":
+        return Source("checkpoint", path.parent, name, gguf=path.name)
     if path.suffix.lower() == ".safetensors" or path.name == "config.json":
         hint = (
             f"Give the folder, `{path.parent}`, which must also hold config.json; or a factory that loads the weights."
@@ -70,12 +76,17 @@ def _file(path: Path, name: str) -> Source:
         f"`{name}`",
         "teacher.model",
         f"is a `{path.suffix or 'nameless'}` file, which is not a model format known here",
-        hint="Give a checkpoint folder, a hub id, an .onnx file, or `--model pkg.mod:factory`.",
+        hint="Give a checkpoint folder, a hub id, an .onnx or .gguf file, or `--model pkg.mod:factory`.",
     )
 
 
 def _looks_like_path(name: str) -> bool:
-    if name.startswith((".", "/", "~")) or name.endswith(("/", ".onnx")) or "\\" in name or not _HUB_ID.match(name):
+    if (
+        name.startswith((".", "/", "~"))
+        or name.endswith(("/", ".onnx", ".gguf"))
+        or "\\" in name
+        or not _HUB_ID.match(name)
+    ):
         return True
     return "/" in name and Path(name).parent.is_dir()
 
@@ -88,12 +99,18 @@ def _near(path: Path) -> str:
     return f"Did you mean `{parent / near[0]}`?" if near else "Check the path."
 
 
+def _only_gguf(path: Path) -> str | None:
+    """The GGUF file of a folder that holds one and no other checkpoint."""
+    found = [] if (path / "config.json").is_file() else sorted(path.glob("*.gguf"))
+    return found[0].name if len(found) == 1 else None
+
+
 def check_folder(path: Path, name: str) -> None:
     """Refuse a folder that is not a checkpoint transformers can read."""
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or _only_gguf(path):
         return
     pickles = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in PICKLES)
-    models = sorted(entry.name for entry in path.glob("*.onnx"))
+    models = sorted(entry.name for entry in path.glob("*.onnx")) or sorted(entry.name for entry in path.glob("*.gguf"))
     if models:
         raise ConfigError.single(
             f"`{name}`", "teacher.model", "has no config.json", hint=f"Give the file, `{path / models[0]}`."
