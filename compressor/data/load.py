@@ -45,7 +45,7 @@ def load_data(
     head, empty parts, inputs of another shape than the model's, and test samples in train.
     """
     raw = raw or read_raw(config, loader=loader)
-    rows = cut_rows(raw, config, seed)
+    rows = cut_rows(raw, config, seed, pairs.together(raw.parts["train"]) if model.task == "retrieval" else None)
     labels, notes = _labels(raw, config, model)
     keys = {name: raw.parts[name].digests(normalised=True) for name in raw.parts}
     clean = check_duplicates(
@@ -108,21 +108,22 @@ def _examples(raw: RawData, home: str, index: Array, task: Task, count: int = 4)
     return found
 
 
-def cut_rows(raw: RawData, config: DataConfig, seed: int) -> Rows:
+def cut_rows(raw: RawData, config: DataConfig, seed: int, together: Array | None = None) -> Rows:
     """Which raw samples each part takes.
 
     Parts that the source has are taken whole. A missing ``test`` is drawn first, then ``validation`` and
-    ``calibration`` are drawn from what is left of train, each by ``split_indices`` with ``seed``.
+    ``calibration`` are drawn from what is left of train, each by ``split_indices`` with ``seed``. Rows of train with
+    equal numbers in ``together`` come into one part.
     """
     rows = {name: (name, np.arange(len(part))) for name, part in raw.parts.items() if name != "train"}
     base = np.arange(len(raw.parts["train"]))
     if "test" not in rows:
-        drawn = _draw(len(base), {"test": _count(config.test_fraction, len(base))}, seed)
+        drawn = _draw(base, {"test": _count(config.test_fraction, len(base))}, seed, together)
         rows["test"] = ("train", base[drawn["test"]])
         base = base[drawn["train"]]
     wanted = {"validation": config.validation, "calibration": config.calibration}
     sizes = {name: _count(size, len(base)) for name, size in wanted.items() if name not in rows}
-    for name, index in _draw(len(base), sizes, seed).items():
+    for name, index in _draw(base, sizes, seed, together).items():
         rows[name] = ("train", base[index])
     rows["train"] = ("train", rows["train"][1][: config.limit])
     return rows
@@ -133,12 +134,18 @@ def _count(size: float, total: int) -> int:
     return int(size) if size >= 1 else max(1, round(size * total))
 
 
-def _draw(total: int, sizes: Mapping[str, int], seed: int) -> dict[str, Array]:
-    if sum(sizes.values()) >= total:
+def _draw(base: Array, sizes: Mapping[str, int], seed: int, together: Array | None = None) -> dict[str, Array]:
+    """Positions in ``base`` of the drawn parts and of the rest."""
+    known, unit = np.unique(np.arange(len(base)) if together is None else together[base], return_inverse=True)
+    total, wanted = len(known), dict(sizes)
+    if together is not None:
+        wanted = {name: max(1, round(size * total / len(base))) for name, size in sizes.items()}
+    if sum(wanted.values()) >= total:
         asked = " and ".join(f"{size} for {name}" for name, size in sizes.items())
         hint = "Give more data or make `validation`, `calibration` or `test_fraction` smaller."
         raise PlanError.single("data", f"{asked} leave nothing of {total} samples to train on", hint=hint)
-    return split_indices(total, sizes, seed=seed)
+    drawn = split_indices(total, wanted, seed=seed)
+    return drawn if together is None else {name: np.flatnonzero(np.isin(unit, index)) for name, index in drawn.items()}
 
 
 def _labels(raw: RawData, config: DataConfig, model: LoadedModel) -> tuple[dict[str, Array | None], list[str]]:
@@ -213,11 +220,11 @@ def _task_split(name: str, store: Store, rows: Array, part: RawPart, model: Load
     if model.task not in EMBEDDING or (model.task == "sentence-embedding" and not pairs.is_paired(part)):
         return None
     texts = pairs.single_texts(part) if pairs.is_paired(part) else part
-    judged = None
-    if model.task != "sentence-embedding" and name != "transfer":
-        judged = pairs.judgements(part, rows, model.task, name)
-    own = pairs.single_rows(rows) if texts is not part else rows
-    return TextSplit(name, None, texts.digests()[own], store, own, judged)
+    if name == "transfer":
+        own = pairs.single_rows(rows) if texts is not part else rows
+        return TextSplit(name, None, texts.digests()[own], store, own)
+    made = pairs.arranged(part, rows, model.task, name)
+    return TextSplit(name, None, texts.digests()[made.rows], store, made.rows, made.judgements, made.groups)
 
 
 def _store(part: RawPart, model: LoadedModel) -> Store:
@@ -258,7 +265,9 @@ def _check_shapes(splits: Mapping[str, Split], model: LoadedModel) -> None:
 
 
 def _fingerprint(split: Split) -> str:
-    return array_digest(split.digests, *([split.labels] if split.labels is not None else []))
+    judged, groups = getattr(split, "judgements", None), getattr(split, "groups", None)
+    found = [split.labels, judged, *([groups.members, groups.starts, groups.scores] if groups is not None else [])]
+    return array_digest(split.digests, *(array for array in found if array is not None))
 
 
 def _truncation(stores: Mapping[str, Store]) -> list[str]:

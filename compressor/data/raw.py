@@ -28,6 +28,7 @@ class RawPart:
     kind: Literal["pictures", "files", "texts", "words", "arrays"]
     samples: Any  # Array | Sequence[Encoded] | Sequence[Text] | Mapping[str, Array], as `kind` says
     labels: Sequence[Any] | Array | None = None
+    scores: Sequence[Any] | None = None  # of pairs of texts, as they stand in the source
 
     def __len__(self) -> int:
         if isinstance(self.samples, Mapping):

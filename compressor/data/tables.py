@@ -198,13 +198,18 @@ def table_part(
     image = _column(table, config.image, IMAGES, "data.image", subject)
     if image and (config.image or _holds_pictures(table.columns[image])):
         return RawPart("files", _encoded(table, image, subject), labels), names
-    text = _column(table, config.text, TEXTS, "data.text", subject) or _only_text(table, rest)
+    paired = labelled or config.text in table.columns  # further text need not be pairs, nor its column have that name
+    text = _column(table, config.text if paired else None, TEXTS, "data.text", subject) or _only_text(table, rest)
     if text:
-        second = _column(table, config.text_pair, (), "data.text_pair", subject)
+        pair = config.text_pair if labelled or config.text_pair in table.columns else None
+        second = _column(table, pair, (), "data.text_pair", subject)
+        score = _column(table, config.score if labelled else None, (), "data.score", subject)
         texts = [*table.columns[text]]
         if texts and isinstance(texts[0], list | tuple):
             return RawPart("words", [tuple(map(str, words)) for words in texts], labels), names
-        return RawPart("texts", [*zip(texts, table.columns[second], strict=True)] if second else texts, labels), names
+        scores = table.columns[score] if score else None
+        samples = [*zip(texts, table.columns[second], strict=True)] if second else texts
+        return RawPart("texts", samples, labels, scores), names
     return RawPart("arrays", {ONLY: _matrix(table, rest, subject)}, labels), names
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from compressor.data.pairs import Groups
 from compressor.data.raw import RawPart, Text
 from compressor.errors import ConfigError, PlanError
 from compressor.models.types import LoadedModel, TextInput
@@ -100,6 +101,7 @@ class TextSplit:
     store: TokenStore
     rows: Array  # positions in the store
     judgements: Array | None = None  # what people say of pairs of texts; for evaluation only
+    groups: Groups | None = None  # texts that belong together; for training
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -75,19 +75,24 @@ def pair_correlation(outputs: Array, judgements: Array) -> float:
 def ranking_gain(outputs: Array, judgements: Array, at: int = RANKED) -> float:
     """Mean nDCG@``at`` over the queries, all passages of the set being the corpus.
 
-    ``outputs`` (M, D) by cosine. ``judgements`` int (M, 2): number of the text's query text (equal texts have equal
-    numbers), 0 for a query and 1 + number of the passage text for a passage; the rows of a pair are neighbours. A
-    passage is relevant (gain 1) to the queries it stands beside. DCG with log2(rank + 1) (Jarvelin and Kekalainen,
-    2002); ties keep the order of the passages. Raises ValueError without queries.
+    ``outputs`` (M, D) by cosine. ``judgements`` int (M, 2): number of the query (equal texts have equal numbers) and 0
+    for a query, number of the query it answers (-1: none) and 1 + number of the passage for a passage. A passage is
+    relevant (gain 1) to the queries that a row of it answers; a query that nothing answers does not count. DCG with
+    log2(rank + 1) (Jarvelin and Kekalainen, 2002); ties keep the order of the passages. Raises ValueError without
+    queries.
     """
-    queries, first_query = np.unique(judgements[0::2, 0], return_index=True)
-    passages, first_passage = np.unique(judgements[1::2, 1], return_index=True)
+    ask, answer = np.flatnonzero(judgements[:, 1] == 0), np.flatnonzero(judgements[:, 1] > 0)
+    queries, first_query = np.unique(judgements[ask, 0], return_index=True)
+    passages, first_passage = np.unique(judgements[answer, 1], return_index=True)
+    answered = np.isin(queries, judgements[answer, 0])
+    queries, first_query = queries[answered], first_query[answered]
     if not len(queries):
         raise ValueError("there are no queries to rank passages for")
     unit = _unit(np.asarray(outputs, dtype=np.float64))
-    asked, corpus = unit[2 * first_query], unit[2 * first_passage + 1]
-    rows = np.searchsorted(queries, judgements[1::2, 0])
-    columns = np.searchsorted(passages, judgements[1::2, 1])
+    asked, corpus = unit[ask[first_query]], unit[answer[first_passage]]
+    answer = answer[np.isin(judgements[answer, 0], queries)]
+    rows = np.searchsorted(queries, judgements[answer, 0])
+    columns = np.searchsorted(passages, judgements[answer, 1])
     total = 0.0
     for start in range(0, len(queries), BLOCK):
         here = (rows >= start) & (rows < start + BLOCK)

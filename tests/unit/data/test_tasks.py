@@ -110,11 +110,47 @@ def test_pairs_become_two_samples_with_their_score(tmp_path: Path, text_model: M
 
 def test_equal_queries_share_their_number(tmp_path: Path, text_model: Make):
     model = retasked(text_model(labels=()), "retrieval")
-    judged = SplitEvalSet(load_data(pairs(tmp_path / "r.csv", score=False), model, seed=0).splits["train"]).labels
-    assert judged is not None
-    assert len(np.unique(judged[0::2, 0])) == 7
-    assert (judged[0::2, 1] == 0).all()
-    assert len(np.unique(judged[1::2, 1])) == len(judged) // 2
+    splits = load_data(pairs(tmp_path / "r.csv", score=False), model, seed=0).splits
+    asked = []
+    for split in splits.values():
+        judged = SplitEvalSet(split).labels
+        assert judged is not None
+        queries = judged[judged[:, 1] == 0, 0]
+        assert len(np.unique(queries)) == len(queries)  # each once
+        assert set(queries) == set(judged[judged[:, 1] > 0, 0])
+        asked.append(set(split.digests[: len(queries)].tolist()))
+    assert sum(map(len, asked)) == len(set().union(*asked)) == 7  # no query is cut apart
+
+
+def test_queries_bring_their_passages_right_and_wrong(tmp_path: Path, text_model: Make):
+    lines = [f"a {q},b {q} {p},{int(p == 1)},{q + p / 10}" for q in range(20) for p in range(4)]
+    lines += [",c d,,", "a 3,c e,1,9"]
+    (tmp_path / "r.csv").write_text("question,passage,label,teacher\n" + "\n".join(lines) + "\n")
+    config = DataConfig(
+        source=str(tmp_path / "r.csv"), text="question", text_pair="passage", score="teacher", validation=8, calibration=4,
+        test_fraction=0.1, near_duplicates="off",
+    )  # fmt: skip
+    splits = load_data(config, retasked(text_model(labels=()), "retrieval"), seed=0).splits
+    sizes = [split.groups.sizes.tolist() for split in splits.values()]
+    assert {size for part in sizes for size in part} <= {5}  # a query, its answer, three wrong ones
+    assert sum(map(len, sizes)) == 21  # question 3 has two answers
+    for split in splits.values():
+        for number in range(len(split.groups)):
+            query, right, *wrong = split.groups.of(number)
+            scores = split.groups.scores
+            assert np.isnan(scores[query])
+            assert len({round(float(scores[at]) % 1, 1) for at in wrong}) == 3
+            assert split.judgements[right, 0] == split.judgements[query, 0]
+            assert (split.judgements[wrong, 0] == -1).all()
+
+
+def test_a_wrong_score_names_its_column(tmp_path: Path, text_model: Make):
+    lines = "\n".join(f"a {i},b {i},{'x' if i == 3 else i}" for i in range(40))
+    (tmp_path / "r.csv").write_text("question,passage,teacher\n" + lines + "\n")
+    config = DataConfig(source=str(tmp_path / "r.csv"), text="question", text_pair="passage", score="teacher",
+                        validation=4, calibration=2)  # fmt: skip
+    with pytest.raises(PlanError, match="score of .* is no number"):
+        load_data(config, retasked(text_model(labels=()), "retrieval"), seed=0)
 
 
 def test_retrieval_without_pairs_is_refused(tmp_path: Path, text_model: Make):
