@@ -8,14 +8,14 @@ layers with weights are in the table; what lies between them (softmax, norms, pr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from compressor.errors import Problem, StageError
-from compressor.models.structure.groups import Group, Scores, owner
+from compressor.models.structure.groups import Floats, Group, Scores, owner
 from compressor.recipe import PruneStage
 
 if TYPE_CHECKING:
@@ -144,6 +144,9 @@ def widths(
 ) -> dict[str, float]:
     """Units per group that reach ``target_speedup``: each time the step that loses least importance per saved cost.
 
+    What a step loses counts relative to what its layer still has, so that the product of the layers' kept shares is
+    what the budget buys. Counted absolutely, the dearest layer would shrink to its floor before any other was touched.
+
     Raises:
         StageError: the speed-up cannot be reached with the floors of every group.
     """
@@ -152,15 +155,10 @@ def widths(
     wanted = start / config.target_speedup
     ranked = {group.name: np.sort(scores.units[group.name])[::-1] for group in groups}
     while table.total() > wanted:
-        best: tuple[float, str, int] | None = None
-        for group in groups:
-            now = table.units[group.name]
-            then = next_width(group, now, config, round_to)
-            if then is None or (saved := table.saved(group, then)) <= 0:
-                continue
-            lost = float(ranked[group.name][then:now].sum())
-            if best is None or (lost / saved, group.name) < best[:2]:
-                best = (lost / saved, group.name, then)
+        best = min(
+            (step for group in groups for step in _steps(group, ranked[group.name], config, round_to, table)),
+            default=None,
+        )
         if best is None:
             reached = start / table.total()
             raise StageError(
@@ -170,6 +168,22 @@ def widths(
             )
         table.units[best[1]] = best[2]
     return {group.name: float(table.units[group.name]) for group in groups}
+
+
+def _steps(
+    group: Group, ranked: Floats, config: PruneStage, round_to: int, table: CostTable
+) -> Iterator[tuple[float, str, int]]:
+    """(importance lost per saved cost, group, width) of every smaller width that saves something.
+
+    All of them, because a kernel that works on blocks of 16 saves nothing, or loses, at the next multiple of 8.
+    """
+    now = table.units[group.name]
+    then, left = next_width(group, now, config, round_to), float(ranked[:now].sum())
+    while then is not None:
+        saved = table.saved(group, then)
+        if saved > 0:
+            yield float(ranked[then:now].sum()) / max(left, 1e-12) / saved, group.name, then
+        then = next_width(group, then, config, round_to)
 
 
 def next_width(group: Group, now: int, config: PruneStage, round_to: int) -> int | None:
