@@ -13,6 +13,18 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Kept = Annotated[float, Field(gt=0, le=1)]
 
 
+class Negatives(Frozen):
+    """Wrong passages beside each query and its right one in a batch (retrieval).
+
+    They are the query's own where the data have some. Otherwise they are drawn from the `pool` passages of other
+    queries that the teacher ranks highest (hard negatives), or at random; the null twin always draws at random.
+    """
+
+    count: Annotated[int, Field(ge=1)] = 4  # in a batch, drawn anew every epoch
+    mine: Literal["teacher", "random"] = "teacher"
+    pool: Annotated[int, Field(ge=1)] = 20  # passages that a query draws from
+
+
 class FilterStrategy(Frozen):
     """Keep the samples whose teacher is sure enough, without looking at labels (uDistil-Whisper; methods T8).
 

@@ -7,8 +7,8 @@ A query is a package's synopsis ("tool to compare directories"), its passage the
 folder, so the signatures are checked and the system's own apt state is not touched (about 16 MB; Debian or Ubuntu).
 
 One package of each source package is kept, and the parts are drawn by source package, so that no sibling (`-dev`,
-`-doc`, plugins of one program) leaks from one part into another. A synopsis that its own passage repeats is taken out of
-the passage. Rows of `validation.csv` and `test.csv` without a query are passages that answer none: they only make the
+`-doc`, plugins of one program) leaks from one part into another. A synopsis that its own passage repeats is taken out
+of the passage. Rows of `validation.csv` and `test.csv` without a query are passages that answer none: they only make the
 search harder. `transfer.csv` is text without pairs, of other packages of the training sources.
 
 Licence: descriptions are part of the packages' source and under their licences, all free (Debian main). Nothing of them

@@ -22,17 +22,20 @@ SENTENCES = Match(student="logits", teacher="logits")
 
 
 def sides(vectors: Tensor, batch: Batch, name: str) -> tuple[Tensor, Tensor]:
-    """First and second row (N, d) of each group of two: question and answer, picture and text.
+    """First and second row (N, d) of each group: question and answer, picture and text.
+
+    Further rows (wrong answers) and rows that stand alone are left out.
 
     Raises:
-        StageError: there are no groups of two.
+        StageError: the batch has no groups.
     """
     if batch.groups is None:
         raise StageError(f"{name}: the data has no groups", hint="Pairs are rows with the same group number.")
     pairs, keep = padded(vectors, batch.groups)
-    if pairs.shape[1] != 2 or not bool(keep.all()):
-        raise StageError(f"{name}: the groups must be pairs, the largest has {pairs.shape[1]} rows")
-    return pairs[:, 0], pairs[:, 1]
+    if pairs.shape[1] < 2:
+        return pairs[:0, 0], pairs[:0, 0]
+    both = keep[:, 1]
+    return pairs[both, 0], pairs[both, 1]
 
 
 class EmbeddingMse(Matched):

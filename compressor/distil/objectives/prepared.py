@@ -109,7 +109,9 @@ class HomomorphicProjection(SignalObjective):
     Distillation", 2022 (methods R2b).
     Defaults: size 128, tanh, keep: the dense layer stays in the student, whose embedding is then `size` wide. With
     `keep = false` the dense layer is dropped at export and the student's own vector ships. Match: pooled with logits.
-    When: retrieval with smaller vectors; `labels = 0`. One pass over the training set first.
+    A dense layer that stays begins as V_k over the mean length of f where d_S = d_T (ours): a student cut from its
+    teacher then starts near the target. The null twin has the same layer with random weights.
+    When: retrieval with smaller vectors. One pass over the training set first.
     Worked number: k = d_T, W the identity without tanh and f = V_k^T e: 0.
     """
 
@@ -120,6 +122,14 @@ class HomomorphicProjection(SignalObjective):
 
     default_match: ClassVar[Match | None] = Match(student="pooled", teacher="logits")
     place: ClassVar[str] = "pooling"
+    _fresh: tuple[nn.Linear, float] | None = (
+        None  # a dense layer that was just put in, the mean length of what it reads
+    )
+
+    @property
+    def in_twin(self) -> bool:
+        """Does the part make the student what it is? Then the null twin has it too, untaught."""
+        return bool(self.options.keep)
 
     def bind(self, student: Counts, teacher: Counts) -> list[str]:
         assert self.match is not None  # the default is given
@@ -153,11 +163,15 @@ class HomomorphicProjection(SignalObjective):
             return ()
         pooling = structure_of(student).pooling
         assert pooling is not None  # `unfit` looked
+        read: list[Tensor] = []
+        hook = pooling.register_forward_hook(lambda _module, _args, output: read.append(output))
         with torch.no_grad():
             width = int(student(**example).shape[-1])
+        hook.remove()
         step: dict[str, Any] = {"op": "head", "module": heads.path_of(student, pooling), "kind": "projection"}
         step |= {"width": width, "size": self.options.size, "tanh": self.options.tanh}
-        heads.replace_head(student, step).to(next(iter(example.values())).device)
+        made = heads.replace_head(student, step).to(next(iter(example.values())).device)
+        self._fresh = made.dense, float(read[-1].float().norm(dim=-1).mean())
         return (step,)
 
     def commit(self, student: nn.Module, steps: Steps, validation: Pass | None) -> Committed:
@@ -166,7 +180,7 @@ class HomomorphicProjection(SignalObjective):
         found = self._existing(student)
         assert found is not None  # `install` put it there
         after, path = f"{found.dense.out_features} wide", heads.path_of(student, found)
-        why = "the embedding is a projection onto the teacher's principal components"
+        why = "a dense layer behind the pooling learned the teacher's principal components"
         return Committed(
             steps, (LayerFact("distil", path, "projected", f"{found.dense.in_features} wide", after, why),)
         )
@@ -204,6 +218,11 @@ class HomomorphicProjection(SignalObjective):
         first = vectors.flip(1)[:, : self.options.size]
         sign = first.gather(0, first.abs().argmax(0, keepdim=True)).sign()  # a direction has no sign of its own
         self._parts.components.copy_(first * sign)
+        if self._fresh is not None and self._fresh[0].in_features == width:
+            dense, length = self._fresh
+            with torch.no_grad():
+                dense.weight.copy_(self._parts.components.T / max(length, 1e-6))
+                dense.bias.zero_()
 
     def __call__(self, s: Signals, t: Signals, batch: Batch, step: Step) -> Term:
         student = s[self.own].float()

@@ -260,12 +260,14 @@ class AdaptiveMargin(SignalObjective):
         if batch.groups is None:
             raise StageError("adaptive-margin needs groups of query, positive and negatives")
         vectors, keep = padded(F.normalize(s["logits"].float(), dim=-1), batch.groups)
+        if vectors.shape[1] < 3:
+            return term(vectors.sum() * 0, 0.0, "adaptive margin")  # no wrong passage in this batch
         query, positive, negatives = vectors[:, :1], vectors[:, 1:2], vectors[:, 2:]
         margin = (query * positive).sum(-1) - (query * negatives).sum(-1)
         valid = keep[:, 2:]
         if self.options.distributed:
             documents = negatives[valid]
-            target = (positive[:, 0] @ documents.T) / 2 + 0.5  # (Q, all negatives)
+            target = (positive[keep[:, 1], 0] @ documents.T) / 2 + 0.5  # (Q, all negatives)
             margins = margin[valid]
             error = margins[None] - (target.detach() if self.options.stop_target else target)
             return term(error.square().sum(), float(error.numel()), "adaptive margin")

@@ -127,8 +127,8 @@ def test_queries_bring_their_passages_right_and_wrong(tmp_path: Path, text_model
     lines += [",c d,,", "a 3,c e,1,9"]
     (tmp_path / "r.csv").write_text("question,passage,label,teacher\n" + "\n".join(lines) + "\n")
     config = DataConfig(
-        source=str(tmp_path / "r.csv"), text="question", text_pair="passage", score="teacher", validation=8, calibration=4,
-        test_fraction=0.1, near_duplicates="off",
+        source=str(tmp_path / "r.csv"), text="question", text_pair="passage", score="teacher", validation=8,
+        calibration=4, test_fraction=0.1, near_duplicates="off",
     )  # fmt: skip
     splits = load_data(config, retasked(text_model(labels=()), "retrieval"), seed=0).splits
     sizes = [split.groups.sizes.tolist() for split in splits.values()]
@@ -149,7 +149,7 @@ def test_a_wrong_score_names_its_column(tmp_path: Path, text_model: Make):
     (tmp_path / "r.csv").write_text("question,passage,teacher\n" + lines + "\n")
     config = DataConfig(source=str(tmp_path / "r.csv"), text="question", text_pair="passage", score="teacher",
                         validation=4, calibration=2)  # fmt: skip
-    with pytest.raises(PlanError, match="score of .* is no number"):
+    with pytest.raises(PlanError, match="is no number"):
         load_data(config, retasked(text_model(labels=()), "retrieval"), seed=0)
 
 
