@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from compressor.config import Frozen, read_toml, validate
 from compressor.language import LoRA, Rollouts, Sequences
+from compressor.masks import CoFi, Masks, Pattern, Sparsity, Zeros, given_zeros
 from compressor.schedule import LabelWeight, Option, Weight
 from compressor.strategy import Strategy
 from compressor.types import Task
@@ -93,12 +94,15 @@ class DataConfig(Frozen):
     text_pair: str | None = None
     image: str | None = None
     label: str | None = None
+    target: str | None = None  # encoder-decoder models: the column of what they shall write
+    score: str | None = None  # column of offline scores of pairs of texts: what a teacher (or a person) says of them
     labels: tuple[str, ...] | None = None  # class names in order of the teacher's outputs
     validation: Positive = 0.1
     calibration: Positive = 0.02
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2  # used when there is no test source
     transfer: str | None = None  # unlabelled extra data that only the distillation sees
     max_length: Annotated[int, Field(ge=8)] = 128  # tokens
+    target_length: Annotated[int, Field(ge=2)] | None = None  # tokens of a target at most; `max_length` when left out
     limit: Annotated[int, Field(ge=1)] | None = None  # keep the first N train samples (for trials)
     duplicates: Literal["refuse", "drop"] = "refuse"  # train samples that also stand in test
     near_duplicates: Literal["report", "drop", "refuse", "off"] = "report"  # train samples almost equal to a test one
@@ -157,6 +161,7 @@ class StudentStage(Frozen):
 
     kind: Literal["student"]
     keep_layers: tuple[int, ...] | int | None = None  # indices, or how many (spread evenly)
+    decoder_layers: tuple[int, ...] | int | None = None  # of encoder-decoder models; `keep_layers` is the encoder's
     hidden_size: Annotated[int, Field(ge=8)] | None = None  # transformers: narrower, weights sliced by importance
     width: Annotated[float, Field(gt=0, le=1)] | None = None  # CNN factories: all widths times this, new weights
     vocabulary: Literal["corpus"] | None = None  # texts: only the tokens of train, validation, calibration, transfer
@@ -190,19 +195,23 @@ class PruneStage(Frozen):
     channels: Ratio | None = None
     heads: Ratio | None = None
     neurons: Ratio | None = None
+    experts: Ratio | None = None  # of a mixture of experts, least used first; `ratio` does not touch them
     layers: Annotated[int, Field(ge=0)] = 0  # how many blocks to drop, least important first
-    importance: Literal["magnitude", "activation", "taylor", "random"] = "activation"
-    scope: Literal["uniform", "global", "latency"] = "uniform"
-    target_speedup: Annotated[float, Field(gt=1)] | None = None  # scope latency: of the layers that have weights
+    importance: Literal["magnitude", "activation", "activation-weight", "taylor", "relevance", "random"] = "activation"
+    scope: Literal["uniform", "global", "latency", "sensitivity"] = "uniform"
+    target_speedup: Annotated[float, Field(gt=1)] | None = None  # latency, sensitivity: of the layers with weights
+    cost: Literal["auto", "macs"] = "auto"  # auto: latency where the first profile is this machine
+    rounds: Annotated[int, Field(ge=1)] = 1  # cut in so many steps, with a part of the next distil stage after each
     round_to: Annotated[int, Field(ge=1)] | None = None  # channel multiple; the profile's when left out
     protect: tuple[str, ...] = ()  # module name patterns (fnmatch) that are never cut
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> PruneStage:
-        if (self.scope == "latency") != (self.target_speedup is not None):
-            raise ValueError('`scope = "latency"` and `target_speedup` need each other')
-        if not any([self.ratio, self.channels, self.heads, self.neurons, self.layers, self.target_speedup]):
-            raise ValueError("nothing to prune: give `ratio`, `channels`, `heads`, `neurons` or `layers`")
+        if (self.scope in ("latency", "sensitivity")) != (self.target_speedup is not None):
+            raise ValueError('`scope = "latency"` or `"sensitivity"` and `target_speedup` need each other')
+        wishes = (self.ratio, self.channels, self.heads, self.neurons, self.experts, self.layers, self.target_speedup)
+        if not any(wishes):
+            raise ValueError("nothing to prune: give `ratio`, `channels`, `heads`, `neurons`, `experts` or `layers`")
         return self
 
 
@@ -237,6 +246,8 @@ class DistilStage(Frozen):
     rollouts: Rollouts | None = None  # causal language models: the student writes, the teacher judges
     sequences: Sequences | None = None  # causal language models: learn from text that the teacher wrote
     lora: LoRA | None = None  # train low-rank additions to the weights only
+    masks: Masks | None = None  # zeros that grow while it trains
+    cofi: CoFi | None = None  # masks that learn which units go
 
 
 Correction = Literal["equalise", "smooth", "bias"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 Index = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Kind = Literal["channels", "heads", "neurons", "hidden"]
-Method = Literal["magnitude", "activation", "taylor", "random"]
+Method = Literal["magnitude", "activation", "activation-weight", "taylor", "relevance", "random"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,11 @@ class Cut:
 
 @dataclass(frozen=True)
 class Scores:
-    """``units[group]``: importance of each unit, mean 1. ``means[key]``: mean input at each position of an axis."""
+    """``units[group]``: importance of each unit. ``means[key]``: mean input at each position of an axis.
+
+    Scores have mean 1 in every group, except that those of ``taylor`` have L2 norm 1 (Molchanov et al. 2017) and those
+    of ``relevance`` are as they were found: relevance is conserved from layer to layer, so that it can be compared.
+    """
 
     method: Method
     units: Mapping[str, Floats]
@@ -109,3 +114,14 @@ def removed_positions(cuts: Iterable[Cut]) -> dict[Key, Index]:
         for key, index in cut.group.index.items():
             gone[key].append(index[cut.removed].reshape(-1))
     return {key: np.unique(np.concatenate(parts)) for key, parts in gone.items()}
+
+
+def protected_by(group: Group, patterns: Sequence[str]) -> str | None:
+    """The first pattern that names one of the group's layers or a module around it."""
+    names = {name for module in group.all_modules for name in _with_parents(module)}
+    return next((pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)), None)
+
+
+def _with_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
