@@ -29,6 +29,7 @@ FAMILIES = {
     "filters": "features and attention",
     "contrast": "features and attention",
     "ladder": "features and attention",
+    "layerwise": "features and attention",
     "prepared": "features and attention",
     "embedding": "sentence embeddings",
     "sequence": "language models",

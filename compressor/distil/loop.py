@@ -42,6 +42,7 @@ def distil(
     on_event: OnEvent = ignore,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     panel: Panel | None = None,
+    round_to: int = 1,
 ) -> DistilResult:
     """Train ``student`` in place on labels and on ``teacher``.
 
@@ -61,6 +62,7 @@ def distil(
         on_event: told ``(kind, fields)``; kinds in :mod:`compressor.distil.result`.
         checkpoint_seconds: a checkpoint is written at every epoch's end and when this much time has passed.
         panel: several teachers, or views of their own; ``teacher`` is the module of its first.
+        round_to: the device's multiple of channels and neurons, for masks that learn which of them go.
 
     Raises:
         ConfigError: an objective does not exist, has wrong options, or asks for signals that are not there.
@@ -71,6 +73,7 @@ def distil(
         student, teacher, data, config, seed, Path(bank), teacher_digest, dict(signals), labels_only, on_event
     )
     setup.panel = None if labels_only else panel
+    setup.round_to = round_to
     path = Path(work) / CHECKPOINT
     Path(work).mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:

@@ -21,6 +21,8 @@ from compressor.distil.augment import augment
 from compressor.distil.bank import BankKey, Layout
 from compressor.distil.changes import Changes, changing, label_signal
 from compressor.distil.ensemble import PanelTap
+from compressor.distil.masks import masking_of
+from compressor.distil.masks.base import Masking, NoMasking
 from compressor.distil.objectives.base import Context, Pass, Surveys
 from compressor.distil.panel import Panel, panel_signals
 from compressor.distil.precision import Numerics
@@ -32,10 +34,10 @@ from compressor.distil.strategies.choosing import Choosing
 from compressor.distil.strategies.draws import Stream
 from compressor.distil.stream import UNLABELLED, TrainingSet
 from compressor.distil.teachers import CacheDecision, CachedTeacher, NoTeacher, OnlineTeacher, TeacherSource
-from compressor.distil.terms import Weighted, build
+from compressor.distil.terms import Weighted, build, offered_fields
 from compressor.distil.top import TopTap
 from compressor.errors import StageError
-from compressor.models.signals import SignalTap, available
+from compressor.models.signals import SignalTap, available, output_mask
 from compressor.recipe import DistilStage
 from compressor.schedule import Schedule
 from compressor.strategy import MixupStrategy
@@ -79,11 +81,14 @@ class Setup:
         self.changes = Changes(())
         self.held_out: Pass | None = None
         self.panel: Panel | None = None
+        self.masking: Masking = NoMasking()
+        self.round_to = 1  # multiple of channels, neurons and hidden dimensions that learnt masks leave
 
     def fingerprint(self) -> str:
         """SHA-256 over everything the trained student depends on."""
         facts = [self.config.model_dump(mode="json"), self.seed, self.labels_only, self.teacher_digest, self.mapping]
         facts += [self.panel.facts()] if self.panel is not None else []
+        facts += [self.round_to] if self.config.cofi is not None else []
         text = json.dumps([*facts, self.data.digest, checkpoint.state_digest(self.student)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -118,6 +123,8 @@ class Setup:
         chosen = optim.optimiser(self.student, projectors.parameters(), self.config)
         # the student is not wrapped: gradients are added up once a step, with the counts they are divided by
         prepared = self.accelerator.prepare(chosen)
+        # after the optimiser and the frozen names, which are those of the plain student
+        self.masking = masking_of(self.student, self.config, self._example, seed_of(self.seed, "masks"), self.round_to)
         # the null twin draws at random where the student's own losses choose
         losses = None if self.labels_only else self.choosing.losses(self.data, source, cached="logits" in layouts)
         parts = Parts(
@@ -141,6 +148,7 @@ class Setup:
             processes=self.processes,
             label_signal=taught,
             rollouts=self._rollouts(),
+            masking=self.masking,
         )
         constant = {"precision": numerics.dtype, "channels_last": numerics.channels_last}
         return parts, constant | chosen_data | {"cached": decision.cached, "cache_bytes": decision.bytes}
@@ -173,7 +181,7 @@ class Setup:
             raise StageError("there is no teacher to learn from", hint="A distil stage needs a PyTorch teacher.")
         student = available(self.student, self.mapping)
         teacher = panel_signals(self.panel, available(self.teacher, self.mapping), ensemble.others(self.panel))
-        weighted = build(self.config, student, teacher, self.processes.count)
+        weighted = build(self.config, student, teacher, self.processes.count, offered_fields(self.config, self.panel))
         if not weighted and not self.label_weight:
             raise StageError("there is nothing to learn from", hint="Give the stage an objective, or the data labels.")
         return weighted
@@ -183,13 +191,13 @@ class Setup:
         self.changes = Changes(changing(weighted))
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(self.seed, "heads"))
-            self.changes.install(self.student.eval(), self._load(PLAIN, self._few(), 0))
+            self.changes.install(self.student.eval(), self._example())
         self.student.to(self.device)
 
     def _rollouts(self) -> OnPolicy | None:
         """On-policy batches, for the student that has a teacher to judge them."""
         config = self.config.rollouts
-        wanted = config is not None and config.fraction > 0 and not self.labels_only
+        wanted = config is not None and config.used and not self.labels_only
         return OnPolicy(config, self.student, seed_of(self.seed, "rollouts")) if wanted and config else None
 
     def _few(self) -> Array:
@@ -213,8 +221,13 @@ class Setup:
     def commit(self) -> dict[str, Any]:
         """Settle the parts in the student; what the checkpoint keeps of them."""
         self.changes.commit(self.student.eval(), self.held_out)
-        facts = [asdict(fact) for fact in self.changes.facts]
-        return {"record": json.dumps(self.changes.record), "facts": json.dumps(facts)}
+        done = self.masking.commit(self.student, self._example)
+        facts = [asdict(fact) for fact in (*self.changes.facts, *done.facts)]
+        return {"record": json.dumps([*self.changes.record, *done.steps]), "facts": json.dumps(facts)}
+
+    def _example(self) -> dict[str, Tensor]:
+        """Model inputs of a few samples."""
+        return self._load(PLAIN, self._few(), 0)
 
     def _teacher_tap(self, stack: ExitStack, weighted: Sequence[Weighted]) -> TeacherTap | None:
         names = frozenset[str]().union(*(item.objective.needs.teacher for item in weighted))
@@ -245,7 +258,7 @@ class Setup:
                 item.objective.prepare(Context(seen, taught, generator, self.device, int(seen["logits"].shape[-1])))
             if isinstance(teacher, PanelTap):
                 return teacher.layouts()
-            return {name: Layout.of(name, signal, inputs.get("attention_mask")) for name, signal in taught.items()}
+            return {name: Layout.of(name, signal, output_mask(inputs)) for name, signal in taught.items()}
 
     def _numerics(self, state: Mapping[str, Any] | None) -> Numerics:
         if state is not None:
@@ -299,7 +312,7 @@ class Setup:
         autocast = partial(numerics.autocast, self.device)
         found = ensemble.sources(tap, sight, self.bank, cached=decision.cached, layouts=layouts, autocast=autocast)
         base = ensemble.base_weights(tap, self.splits.get("validation"), tap.place)
-        shown = ", ".join(f"{m.teacher.name} {float(w):.3f}" for m, w in zip(tap.members, base, strict=True))
+        shown = ", ".join(f"{m.teacher.name} {float(w):.3f}" for m, w in zip(tap.joined, base, strict=True))
         self.on_event("note", {"text": f"weights of the teachers ({tap.panel.weights}): {shown}"})
         return ensemble.Ensemble(tap, found, base, seed_of(self.seed, "teachers"))
 

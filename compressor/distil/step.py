@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compressor.distil.ensemble import Ensemble
+from compressor.distil.masks.base import Masking, NoMasking
 from compressor.distil.objectives.base import Batch, Signals, Step, Term
 from compressor.distil.objectives.multilabel import binary_label_term
 from compressor.distil.optim import MovingAverage, Thaw
@@ -48,6 +50,7 @@ class Parts:
     processes: Processes
     rollouts: OnPolicy | None = None  # the student writes some of its batches itself
     label_signal: str = "logits"  # of the student: what cross-entropy with the labels teaches
+    masking: Masking = field(default_factory=NoMasking)
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,8 @@ class Gradients:
         self.parts, self.accumulate = parts, accumulate
         self.names = term_names(parts)
         self._labels = torch.from_numpy(parts.data.labels).to(parts.device)
-        self._trained = [p for group in parts.optimiser.param_groups for p in group["params"]]
+        trained = [p for group in parts.optimiser.param_groups for p in group["params"]]
+        self._trained = [*trained, *parts.masking.parameters()]
         self._buffers = [b for b in parts.student.buffers() if b.is_floating_point()]
         self._forecast = Forecast()
         self._whole = accumulate == 1 and parts.processes.count == 1
@@ -187,15 +191,14 @@ class Gradients:
     def _piece(self, draw: Draw, view: int, index: int) -> Piece:
         draw = self._teaching(draw)
         inputs = self.parts.load(draw.positions, view)
-        written = self.parts.rollouts.batch(inputs, index) if self.parts.rollouts is not None else None
-        if written is not None:
-            return Piece(draw, *written, None)
         partners = None
         if draw.partners is not None:
             inputs = _blend(inputs, self.parts.load(draw.partners, view), draw.share)
             partners = self._labels[torch.from_numpy(draw.partners)]
         labels = self._labels[torch.from_numpy(draw.positions)]
         batch = batch_of(labels, inputs, by_token=self.parts.data.by_token)
+        if self.parts.rollouts is not None:
+            inputs, batch = self.parts.rollouts.step(inputs, batch, index)
         return Piece(draw, inputs, batch, partners)
 
     def _teaching(self, draw: Draw) -> Draw:
@@ -213,8 +216,15 @@ class Gradients:
         found = []
         if parts.label_weight:
             found.append(label_term(student[parts.label_signal], piece.batch, piece.partners, piece.draw.share))
-        found += [item.objective(student, teacher, piece.batch, step) for item in parts.objectives]
+        found += [item.objective(student, teacher, self._batch(item, piece), step) for item in parts.objectives]
         return found
+
+    def _batch(self, item: Weighted, piece: Piece) -> Batch:
+        """The piece's batch as the teacher that this objective reads knows it."""
+        source = self.parts.teacher
+        if not isinstance(source, Ensemble):
+            return piece.batch
+        return source.batch(item.teacher, piece.draw.positions, piece.batch)
 
     def _none(self) -> Tensor:
         return torch.zeros(len(self.names), dtype=torch.float64)

@@ -90,7 +90,8 @@ class Training:
         self.total = parts.stream.steps * config.epochs
         self.gradients = Gradients(parts, config.accumulate)
         self.meter = Meter(self.gradients.names, parts.device)
-        self.courses = Courses(parts.label_weight, parts.objectives, self.gradients.names)
+        more = {} if parts.rollouts is None else parts.rollouts.courses
+        self.courses = Courses(parts.label_weight, parts.objectives, self.gradients.names, more)
         self._trained = [p for group in parts.optimiser.param_groups for p in group["params"]]
         self._saved = self._told = time.monotonic()
 
@@ -155,19 +156,23 @@ class Training:
     def _train_mode(self) -> None:
         parts = self.parts
         parts.student.train()
+        parts.masking.train(True)
         for module in [*parts.still, *(parts.thaw.still() if parts.thaw is not None else ())]:
             module.eval()
 
     def _step(self, draw: Draw, view: int, epoch: int) -> bool:
         """One step of the optimiser; is it time for a checkpoint?"""
         parts, progress = self.parts, self.progress
-        step = Step(progress.index, self.total, epoch)
+        step = parts.masking.begin(Step(progress.index, self.total, epoch))
         if parts.thaw is not None and parts.thaw.at(step.index, step.total):
             self._train_mode()
         weights = self.courses.apply(step.index, step.total, progress.feedback)
+        if parts.rollouts is not None:
+            parts.rollouts.set(self.courses.values(step.index, step.total, progress.feedback))
         due = time.monotonic() - self._saved >= self.checkpoint_seconds
         values, forwards, due = self.gradients.compute(draw, view, step, weights, due)
         progress.forwards += forwards
+        parts.masking.gradients(step)
         if self.config.clip is not None:
             nn.utils.clip_grad_norm_(self._trained, self.config.clip, foreach=True)
         rate = learning_rate(step.index, step.total, self.config)
@@ -177,6 +182,7 @@ class Training:
         parts.optimiser.zero_grad(set_to_none=True)
         if parts.average is not None:
             parts.average.update(step.index)
+        parts.masking.end(parts.average.values if parts.average is not None else {})
         self.meter.add(values, values.sum(), step.index)
         return due
 
@@ -201,14 +207,14 @@ class Training:
             learning_rate=learning_rate(progress.index - 1, self.total, self.config),
             score=score,
             terms=dict(zip(self.meter.names, means, strict=True)),
-            values=self.courses.values(progress.index - 1, self.total, progress.feedback),
+            values=self.courses.values(progress.index - 1, self.total, progress.feedback) | self.parts.masking.values(),
         )
         self.courses.observe(
             {**record.terms, "loss": record.loss, **({} if score is None else {"score": score})}, progress.feedback
         )
         progress.history.append(asdict(record))
         progress.seconds += progress.epoch_seconds
-        if self.config.patience is not None and score is not None and score > progress.best_score:
+        if score is not None and self._may_be_best(score):
             progress.best_score, progress.best_epoch = score, progress.epoch
             self.best = {name: tensor.detach().cpu().clone() for name, tensor in self._weights().items()}
         progress.epoch, progress.step, progress.epoch_seconds = progress.epoch + 1, 0, 0.0
@@ -218,6 +224,12 @@ class Training:
         named = {f"term {name}": value for name, value in record.terms.items() if len(record.terms) > 1}
         event |= named | dict(record.values) | ({} if score is None else {"score": score})
         self.on_event("epoch", event)
+
+    def _may_be_best(self, score: float) -> bool:
+        """Better than all before, and what could ship: masks that still grow or learn would change it."""
+        progress = self.progress
+        better = self.config.patience is not None and score > progress.best_score
+        return better and self.parts.masking.complete(progress.index - 1, self.total)
 
     def _weights(self) -> dict[str, Tensor]:
         """The student's state, with the moving average where there is one."""
@@ -234,6 +246,7 @@ class Training:
 
     def _scored(self, score: Callable[[nn.Module], float]) -> float:
         self.parts.student.eval()
+        self.parts.masking.train(False)
         applied: AbstractContextManager[Any] = nullcontext()
         if self.parts.average is not None:
             applied = self.parts.average.applied()
@@ -262,6 +275,7 @@ class Training:
             "best": self.best,
             "sums": self.meter.sums,
             "replay": state_of(parts.rollouts),
+            "masking": parts.masking.state(),
             "shares": parts.stream.shares.tolist(),
             "random": random,  # a row a process
         }
@@ -279,6 +293,7 @@ class Training:
             parts.average.load(state["average"])
         if parts.rollouts is not None:
             parts.rollouts.restore(state.get("replay", []))
+        parts.masking.restore(state["masking"])
         self.best = dict(state["best"])
         self.meter.sums.copy_(state["sums"])
         parts.stream.shares = np.array(state["shares"])

@@ -14,7 +14,10 @@ Steps:
 - ``{"op": "exits", "blocks": ["stage1"], "widths": [16], "classes": 10, "mode": "outputs"}``: exits at blocks;
 - ``{"op": "ids"}``: the tables have the ids of the smaller vocabulary, see :mod:`compressor.models.vocabulary`;
 - ``{"op": "factorise", "module": "encoder.fc1", "rank": 64}``: two layers for one, see
-  :mod:`compressor.models.lowrank`.
+  :mod:`compressor.models.lowrank`;
+- ``{"op": "silence", "module": "layer.1.output.dense"}``: a sublayer went, see :mod:`compressor.models.silent`;
+- ``{"op": "mask", "tensor": "conv1.weight", "pattern": "2:4"}``: zeros that stay zero, see
+  :mod:`compressor.models.sparse`.
 """
 
 from __future__ import annotations
@@ -63,7 +66,7 @@ def apply(module: nn.Module, record: Record) -> None:
                 heads.replace_head(module, step)
             elif step["op"] == "exits":
                 heads.add_exits(module, step)
-            elif step["op"] in ("ids", "factorise"):
+            elif step["op"] in ("ids", "factorise", "silence", "mask"):
                 _replace(module, step)
             else:
                 raise ValueError(f"unknown step `{step['op']}`")
@@ -79,10 +82,16 @@ def apply(module: nn.Module, record: Record) -> None:
 def _replace(module: nn.Module, step: Mapping[str, Any]) -> None:
     """Steps whose parts live in modules that import this one."""
     from compressor.models.lowrank import factorise
+    from compressor.models.silent import silence
+    from compressor.models.sparse import add_mask
     from compressor.models.vocabulary import drop_maps
 
     if step["op"] == "ids":
         drop_maps(module)
+    elif step["op"] == "silence":
+        silence(module, step["module"])
+    elif step["op"] == "mask":
+        add_mask(module, step["tensor"])
     else:
         factorise(module, step["module"], int(step["rank"]))
 

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from compressor.errors import Problem, StageError
-from compressor.models.structure.groups import Cut, Group, Index, Scores
+from compressor.models.structure.groups import Cut, Group, Index, Scores, protected_by
 from compressor.recipe import PruneStage
 
 KINDS = ("channels", "heads", "neurons")
@@ -38,17 +38,6 @@ def rounded(group: Group, wanted: float, round_to: int) -> int:
 def would_empty(group: Group, ratio: float) -> bool:
     """True when the ratio, taken at its word, leaves less than half a unit. The last head always stays."""
     return group.kind != "heads" and group.units * (1 - ratio) < 0.5
-
-
-def protected_by(group: Group, patterns: Sequence[str]) -> str | None:
-    """The first pattern that names one of the group's layers or a module around it."""
-    names = {name for module in group.all_modules for name in _with_parents(module)}
-    return next((pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)), None)
-
-
-def _with_parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 def candidates(groups: Sequence[Group], config: PruneStage) -> list[Group]:

@@ -12,7 +12,7 @@ import numpy as np
 from compressor.errors import StageError
 from compressor.ledger import StageOutput, code_digest
 from compressor.stages.run import MODEL_FILE, Line, Run, version
-from compressor.types import Artifact, Format, Inputs, TensorSpec, file_digest
+from compressor.types import TEXT2TEXT, Artifact, Format, Inputs, TensorSpec, file_digest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,8 +62,9 @@ def _export_to(run: Run, line: Line, folder: Path) -> StageOutput:
     from compressor.export.optimise import optimise
     from compressor.export.verify import verify
     from compressor.models.onnx_facts import describe
+    from compressor.models.sparse import drop_masks
 
-    module = line.load().eval()
+    module = drop_masks(line.load().eval())
     refuse_training_parts(module)
     outputs = run.outputs(module)
     (folder / OUTPUTS_FILE).write_text(json.dumps([vars(spec) for spec in outputs]))
@@ -109,7 +110,8 @@ def _parity_batches(run: Run) -> Iterator[Inputs]:
     """Batches of sizes 1, 3, 16 ... so that the dynamic axes are really exercised."""
     part = run.data.splits["validation"]
     total, start = min(PARITY_SAMPLES, len(part)), 0
-    sizes = (1, 3) if run.model.task == "causal-lm" else (1, 3, 16, PARITY_SAMPLES)  # logits of a vocabulary are large
+    wide = run.model.task == "causal-lm" or run.model.task in TEXT2TEXT  # logits of a vocabulary are large
+    sizes = (1, 3) if wide else (1, 3, 16, PARITY_SAMPLES)
     for size in sizes:
         stop = min(start + size, total)
         if stop > start:

@@ -45,7 +45,19 @@ def distil(run: Run, line: Line, stage: DistilStage, *, labels_only: bool) -> Li
         **({"panel": run.panel.facts()} if run.panel is not None and not labels_only else {}),
         "data": {name: run.data.digests[name] for name in sorted(run.data.digests) if name not in {"test", "fresh"}},
         "seed": run.recipe.seed,
-        "code": code_digest("distil", "models/signals", "models/heads", "schedule", "strategy"),
+        **({"round_to": run.round_to} if stage.cofi is not None else {}),
+        "code": code_digest(
+            "distil",
+            "masks",
+            "models/heads",
+            "models/patterns",
+            "models/signals",
+            "models/silent",
+            "models/sparse",
+            "models/structure",
+            "schedule",
+            "strategy",
+        ),
     }
     name = "null-twin" if labels_only else "distil"
     result = run.ledger.stage(
@@ -143,6 +155,7 @@ def _fit(
         score=score,
         on_event=on_event,
         panel=run.panel,
+        round_to=run.round_to,
     )
     if stage.lora is not None:
         lora.merge(student)

@@ -51,11 +51,15 @@ class Term:
 
 @dataclass(frozen=True)
 class Step:
-    """Where the training is: ``index`` of ``total`` steps, in ``epoch`` (all from 0)."""
+    """Where the training is: ``index`` of ``total`` steps, in ``epoch`` (all from 0).
+
+    ``alive``: for each transformer block of the student, whether masks that learn let it do anything; empty: all do.
+    """
 
     index: int
     total: int
     epoch: int
+    alive: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Batch:
     ``groups``: int64 (B,), rows with equal numbers are one list (query, pair) in their order.
     ``scores``: float (B,), a teacher's offline score of each row.
     ``student_made``: bool (B,), rows that the student generated.
+    ``source``: (B, S), non-zero at real tokens of the source text; encoder-decoder models only.
     ``view``: the same samples as the teacher saw them (other tokenizer, longer context); None: as the student did.
     """
 
@@ -83,6 +88,11 @@ class Batch:
     scores: Tensor | None = None
     student_made: Tensor | None = None
     view: Batch | None = None
+    source: Tensor | None = None
+
+    def mask_of(self, signal: str) -> Tensor | None:
+        """The mask of a signal's tokens: the encoder's lie at the source's, all others where the outputs do."""
+        return self.source if signal.startswith("encoder.") else self.mask
 
     @property
     def taught(self) -> Tensor | None:
