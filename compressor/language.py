@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from compressor.config import Frozen
+from compressor.schedule import Schedule, Weight01
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Tokens = Annotated[int, Field(ge=1)]
@@ -15,16 +16,24 @@ Tokens = Annotated[int, Field(ge=1)]
 class Rollouts(Frozen):
     """On-policy batches: the student continues the text, the teacher says what it should have said (GKD; methods X1).
 
-    Labels do not count for tokens that the student made.
+    Labels do not count for tokens that the student made. `fraction` and `replay` may be schedules, for instance
+    ``{ kind = "feedback", watch = "score", when = "falls" }``: more of the student's text whenever validation got worse
+    (DistiLLM).
     """
 
-    fraction: Share = 0.5  # of the steps
+    fraction: Weight01 = 0.5  # of the steps; a number, or a schedule
     prompt_tokens: Tokens = 16  # kept from the data
     max_new_tokens: Tokens = 128
     temperature: Annotated[float, Field(ge=0)] = 0.9  # of sampling only; 0 is greedy
     top_k: Annotated[int, Field(ge=0)] = 0  # 0: all tokens
-    replay: Share = 0.0  # of the on-policy steps: a batch that was made before is seen again
+    replay: Weight01 = 0.0  # of the on-policy steps: a batch made before is seen again; a number, or a schedule
     buffer: Annotated[int, Field(ge=1)] = 64  # batches that are kept for it
+    beside: bool = False  # on-policy steps keep the data's rows beside the student's, as `distillm2` needs
+
+    @property
+    def used(self) -> bool:
+        """Is any step on-policy?"""
+        return self.fraction.values != (0.0, 0.0) if isinstance(self.fraction, Schedule) else self.fraction > 0
 
 
 class Sequences(Frozen):

@@ -10,7 +10,7 @@ from compressor.errors import Problem
 from compressor.profile import HardwareProfile
 from compressor.recipe import DistilStage, PruneStage, QuantizeStage, Recipe, StudentStage
 from compressor.schedule import shown
-from compressor.types import Task
+from compressor.types import TEXT2TEXT, Task
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,16 @@ def task_problems(recipe: Recipe, task: Task, positions: int | None = None) -> l
         for name, part in (("rollouts", stage.rollouts), ("sequences", stage.sequences)):
             if part is None:
                 continue
-            if task != "causal-lm":
-                problems.append(Problem(f"{where}.{name}", f"is for causal language models; the task is {task}"))
-            elif positions is not None and part.prompt_tokens + part.max_new_tokens > positions:
+            prompt = 0 if task in TEXT2TEXT else part.prompt_tokens
+            if task != "causal-lm" and task not in TEXT2TEXT:
+                what = f"is for causal language models and encoder-decoder models; the task is {task}"
+                problems.append(Problem(f"{where}.{name}", what))
+            elif positions is not None and prompt + part.max_new_tokens > positions:
                 what = (
-                    f"asks for {part.prompt_tokens} + {part.max_new_tokens} tokens, the model has {positions} positions"
+                    f"asks for {prompt} + {part.max_new_tokens} tokens, the model has {positions} positions"
                 )
                 problems.append(Problem(f"{where}.{name}.max_new_tokens", what))
-        if stage.rollouts is not None and stage.rollouts.fraction and stage.cache == "on":
+        if stage.rollouts is not None and stage.rollouts.used and stage.cache == "on":
             problems.append(Problem(f"{where}.cache", "the teacher must see what the student writes: nothing to cache"))
         if stage.rollouts is not None and not stage.objective:
             problems.append(

@@ -99,9 +99,17 @@ def _label_weight(value: float | Schedule) -> float | Schedule:
     return value
 
 
+def _share(value: float | Schedule) -> float | Schedule:
+    none_below(value, 0.0, allowed=True)
+    if max(value.values if isinstance(value, Schedule) else (value,)) > 1:
+        raise ValueError("must be at most 1")
+    return value
+
+
 _Either = Annotated[Annotated[float, Tag("number")] | Annotated[Schedule, Tag("schedule")], Discriminator(_tag)]
 Weight = Annotated[_Either, AfterValidator(_weight)]
 LabelWeight = Annotated[_Either, AfterValidator(_label_weight)]
+Weight01 = Annotated[_Either, AfterValidator(_share)]
 Option = Annotated[
     Annotated[float | int | str | bool, Tag("number")] | Annotated[Schedule, Tag("schedule")], Discriminator(_tag)
 ]

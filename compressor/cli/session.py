@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from compressor.cli.seeds import seed_problems
 from compressor.cli.teachers import bank_lines, offered, open_panel, reading_problems
 from compressor.config import validate
 from compressor.data.raw import RawData
@@ -42,6 +43,7 @@ class Request:
     out: Path
     trust_remote_code: bool = False
     teachers: tuple[str, ...] = ()  # NAME=pkg.mod:factory
+    seeds: int = 1  # pairs of student and null twin that are trained and compared
 
     @property
     def factory(self) -> str | None:
@@ -166,6 +168,8 @@ def open_session(request: Request) -> Session:
         data = load_data(recipe.data, model, seed=recipe.seed, raw=raw)
     except ProblemList as error:
         problems += error.problems
+    if data is not None:
+        problems += seed_problems(request.seeds, recipe, model, data)
     original, told = None, ""
     if data is not None and not problems:
         model, data, original, told = _smaller_vocabulary(recipe, model, data, raw)
@@ -182,6 +186,12 @@ def open_session(request: Request) -> Session:
         raise PlanError("the plan", problems)
     plan = _plan(recipe, profiles, model, data, target_views(profile.target for profile in profiles))
     plan = replace(plan, steps=(plan.steps[0], told, *plan.steps[1:])) if told else plan
+    if request.seeds > 1:
+        last = recipe.seed + request.seeds - 1
+        more = (
+            f"student and null twin again with the seeds {recipe.seed + 1} to {last}: trained and scored, not shipped"
+        )
+        plan = replace(plan, steps=(*plan.steps, more))
     banks = bank_lines(panel, model, recipe, data, request.out / "cache" / "teacher")
     return Session(request, recipe, profiles, model, data, replace(plan, banks=banks), panel, original)
 
@@ -241,7 +251,7 @@ def _module_problems(recipe: Recipe, model: LoadedModel, data: DataBundle, panel
     from compressor.distil.changes import stage_problems
     from compressor.distil.fit import fit_problems
     from compressor.distil.processes import launched
-    from compressor.distil.terms import check
+    from compressor.distil.terms import check, offered_fields
     from compressor.models.signals import available
 
     example = {name: torch.from_numpy(array) for name, array in data.splits["calibration"].batch(np.arange(2)).items()}
@@ -256,9 +266,10 @@ def _module_problems(recipe: Recipe, model: LoadedModel, data: DataBundle, panel
             found = check_cut(model.module, example, stage)
             problems += [Problem(f"{where}.{item.where}".rstrip("."), item.what) for item in found]
         elif isinstance(stage, DistilStage):
-            wrong = check(stage, signals, taught, where, launched())
+            fields = offered_fields(stage, panel)
+            wrong = check(stage, signals, taught, where, launched(), fields)
             problems += wrong or reading_problems(panel, model, stage, taught, where)
-            problems += [] if wrong else stage_problems(stage, model.module, taught, where)
+            problems += [] if wrong else stage_problems(stage, model.module, taught, where, fields)
             problems += fit_problems(
                 stage, where, task=model.task, module=model.module, example=example, data=data, processes=launched()
             )

@@ -12,6 +12,7 @@ from compressor.data.types import DataBundle
 from compressor.errors import ConfigError, Problem
 from compressor.models.types import LoadedModel
 from compressor.recipe import DistilStage, Recipe
+from compressor.strategy import MixupStrategy
 
 if TYPE_CHECKING:
     from compressor.data.raw import RawData
@@ -64,16 +65,22 @@ def reading_problems(
     """What the stage's objectives read that these teachers cannot give in their views. Only for a stage that checks."""
     from compressor.distil.panel import view_problems
 
-    readers = [(item.name, item.objective.needs.teacher) for item in _built(model, stage, taught)]
-    return view_problems(panel, stage, readers, where)
+    weighted = _built(model, stage, taught, panel)
+    readers = [(item.name, item.objective.needs.teacher) for item in weighted]
+    foreign = {teacher.name for teacher in panel.teachers if teacher.foreign} if panel is not None else set()
+    lost = [item for item in weighted if "ends" in item.objective.needs.batch and item.teacher not in foreign]
+    found = [Problem(where, f"`{i.name}`: teacher `{i.teacher}` has the student's own tokenizer") for i in lost]
+    return found + view_problems(panel, stage, readers, where)
 
 
-def _built(model: LoadedModel, stage: DistilStage, taught: Mapping[str, int]) -> list[Weighted]:
-    from compressor.distil.terms import build
+def _built(
+    model: LoadedModel, stage: DistilStage, taught: Mapping[str, int], panel: Panel | None = None
+) -> list[Weighted]:
+    from compressor.distil.terms import build, offered_fields
     from compressor.models.signals import available
 
     assert model.module is not None
-    return build(stage, available(model.module), taught)
+    return build(stage, available(model.module), taught, fields=offered_fields(stage, panel))
 
 
 def bank_lines(
@@ -86,7 +93,7 @@ def bank_lines(
     lines = []
     for number, stage in enumerate(recipe.stage, 1):
         if isinstance(stage, DistilStage):
-            weighted = _built(model, stage, taught)
+            weighted = _built(model, stage, taught, panel)
             lines.append(f"stage {number}: {_decision(panel, model, stage, weighted, recipe, data, root)}")
     return tuple(lines)
 
@@ -108,7 +115,11 @@ def _decision(
         return "the teacher is not run"
     if any(item.objective.needs.online_teacher for item in weighted):
         return "the teacher runs on every batch: an objective needs it online"
-    samples = TrainingSet.of(data)
+    if stage.rollouts is not None and stage.rollouts.used:
+        return "the teacher runs on every batch: it judges what the student writes"
+    if any(isinstance(strategy, MixupStrategy) for strategy in stage.strategy):
+        return "the teacher runs on every batch: `mixup` makes new ones"
+    samples = TrainingSet.of(data, stage.data)
     layouts = _layouts(panel, model, stage, weighted, names, recipe, samples)
     views = min(stage.views, stage.epochs) if stage.augment else 1
     found = teachers.decide(stage.cache, layouts, samples, views, False, root)
@@ -132,7 +143,7 @@ def _layouts(
     from compressor.distil.bank import Layout
     from compressor.distil.ensemble import PanelTap
     from compressor.distil.top import top_signals
-    from compressor.models.signals import SignalTap
+    from compressor.models.signals import SignalTap, output_mask
 
     assert model.module is not None
     if panel is not None:
@@ -145,4 +156,4 @@ def _layouts(
         read: list[Any] = [item.objective for item in weighted if "logits" in item.objective.needs.teacher]
         tau = {float(objective.options.temperature) for objective in read}
         found |= top_signals(found.pop("logits"), stage.cache_logits, sorted(tau))
-    return {name: Layout.of(name, signal, inputs.get("attention_mask")) for name, signal in found.items()}
+    return {name: Layout.of(name, signal, output_mask(inputs)) for name, signal in found.items()}

@@ -1,7 +1,7 @@
-"""One text in blocks of two tokenizers: for each block of the student, what the teacher's tokenizer makes of that text.
+"""One text in blocks of two tokenizers: for each block of the student, what the teacher's tokenizer makes of it.
 
-Both streams are made from whole documents, so no word is cut where a block begins. A document's end token stands for one
-byte more than its text, which both tokenizers share.
+Both streams are made from whole documents, so no word is cut where a block begins. A document's end token stands for
+one byte more than its text, which both tokenizers share.
 """
 
 from __future__ import annotations

@@ -77,15 +77,17 @@ def problems_of(weighted: Sequence[Weighted], student: nn.Module, where: str) ->
     return problems
 
 
-def stage_problems(config: DistilStage, student: nn.Module, taught: Mapping[str, int], where: str) -> list[Problem]:
+def stage_problems(
+    config: DistilStage, student: nn.Module, taught: Mapping[str, int], where: str, fields: frozenset[str] = frozenset()
+) -> list[Problem]:
     """:func:`problems_of` for a stage whose objectives are known to exist with these options.
 
-    ``taught``: what the teachers offer.
+    ``taught``: what the teachers offer; ``fields``: of a batch that the data brings.
     """
     from compressor.distil.terms import build
     from compressor.models.signals import available
 
-    return problems_of(build(config, available(student), taught), student, where)
+    return problems_of(build(config, available(student), taught, fields=fields), student, where)
 
 
 def passes_of(config: DistilStage) -> tuple[str, ...]:

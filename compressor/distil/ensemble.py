@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from compressor.distil.augment import augment, uniforms
 from compressor.distil.bank import BankKey, Layout
-from compressor.distil.objectives.base import Signals
+from compressor.distil.objectives.base import Batch, Signals
 from compressor.distil.panel import MAIN, Panel, Teacher
 from compressor.distil.stream import UNLABELLED, TrainingSet
 from compressor.distil.teachers import CachedTeacher, OnlineTeacher, TeacherSource
 from compressor.errors import StageError
-from compressor.models.signals import SignalTap, available
+from compressor.models.signals import SignalTap, available, output_mask
 from compressor.types import Array, Inputs
 
 STEPS = 200  # of the weights' fit: the likelihood of a mixture is concave in its weights
@@ -70,6 +70,11 @@ class Member:
     tap: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
     names: tuple[str, ...]
     data: TrainingSet
+
+    @property
+    def joins(self) -> bool:
+        """Are its logits over the student's classes?"""
+        return not self.teacher.foreign
 
     def ordered(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Logits in the main teacher's order of classes."""
@@ -126,7 +131,11 @@ class PanelTap:
         own = {signal.removeprefix(prefix) for signal in self.names if signal.startswith(prefix)}
         if name == MAIN:
             own |= {signal for signal in self.names if ":" not in signal}
-        return tuple(sorted(own | ({"logits"} if "logits" in self.names else set())))
+        joins = "logits" in self.names and not self._foreign(name)
+        return tuple(sorted(own | ({"logits"} if joins else set())))
+
+    def _foreign(self, name: str) -> bool:
+        return next(teacher for teacher in self.panel.teachers if teacher.name == name).foreign
 
     def _tap(self, teacher: Teacher, names: tuple[str, ...]) -> Any:
         module = self._main if teacher.name == MAIN else teacher.model.module
@@ -141,7 +150,8 @@ class PanelTap:
         few = np.arange(min(PROBE, len(self.data)))
         with torch.no_grad():
             found = [member.ordered(member.tap(self.place(member.data.batch(few)))) for member in self.members]
-            weights = torch.full((len(few), len(found)), 1.0 / len(found))
+            count = max(1, len(self.joined))
+            weights = torch.full((len(few), count), 1.0 / count)
             return self.merged(found, weights.to(next(iter(found[0].values())).device))
 
     def layouts(self) -> dict[str, Layout]:
@@ -153,7 +163,7 @@ class PanelTap:
                 inputs = self.place(member.data.batch(few))
                 signals = member.tap(inputs)
                 for name in member.names:
-                    layout = Layout.of(name, signals[name], inputs.get("attention_mask"))
+                    layout = Layout.of(name, signals[name], output_mask(inputs))
                     found[f"{member.teacher.name}:{name}"] = layout
         return found
 
@@ -165,8 +175,14 @@ class PanelTap:
             if member.teacher.name == MAIN:
                 merged |= signals
         if "logits" in self.names:
-            merged["logits"] = combined([signals["logits"] for signals in found], weights, embedding=self.embedding)
+            joint = [signals["logits"] for member, signals in zip(self.members, found, strict=True) if member.joins]
+            merged["logits"] = combined(joint, weights, embedding=self.embedding)
         return merged
+
+    @property
+    def joined(self) -> list[Member]:
+        """The teachers whose logits are combined: those over the student's classes."""
+        return [member for member in self.members if member.joins]
 
 
 def _set_of(splits: Mapping[str, Any], rows: Array | None) -> TrainingSet:
@@ -294,14 +310,33 @@ class Ensemble:
         base = self.base.to(device)
         weights = base[None].expand(len(positions), -1)
         if "logits" in self._tap.names:
-            logits = [signals["logits"] for signals in found]
+            logits = [signals["logits"] for member, signals in zip(members, found, strict=True) if member.joins]
             labels = self._tap.data.labels
             known = labels[positions] if labels.ndim == 1 else np.full(len(positions), UNLABELLED)
             weights = sample_weights(panel.weights, base, logits, torch.from_numpy(known.astype(np.int64)).to(device))
             if panel.drop and student is not None and "logits" in student:
-                coins = torch.from_numpy(uniforms(self._seed, positions, epoch, len(members)))
+                coins = torch.from_numpy(uniforms(self._seed, positions, epoch, len(logits)))
                 weights = dropped(weights, logits, student["logits"], coins.to(device), panel.drop)
         return self._tap.merged(found, weights)
+
+    def batch(self, name: str, positions: Array, batch: Batch) -> Batch:
+        """``batch`` for an objective that reads teacher ``name``, which may cut the same text into other tokens."""
+        member = next((item for item in self._tap.members if item.teacher.name == name), None)
+        if member is None or not member.teacher.foreign or batch.mask is None:
+            return batch
+        inputs, fields = (self._tap.place(x) for x in (member.data.batch(positions), member.data.fields(positions)))
+        mask = inputs["attention_mask"]
+        labels = torch.from_numpy(member.data.labels[positions]).to(mask.device)
+        view = Batch(
+            to_width(labels, mask.shape[1], UNLABELLED), mask,
+            ends=to_width(fields["ends"], mask.shape[1], -1), starts=fields["starts"],
+        )  # fmt: skip
+        return replace(batch, ends=to_width(fields["student_ends"], batch.mask.shape[1], -1), view=view)
+
+
+def to_width(rows: Tensor, width: int, fill: int) -> Tensor:
+    """Rows (B, L) cut or filled to (B, width)."""
+    return torch.nn.functional.pad(rows, (0, max(0, width - rows.shape[1])), value=fill)[:, :width]
 
 
 @dataclass(frozen=True)
@@ -333,7 +368,11 @@ def sources(
         digest = teacher.model.provenance.digest
         key = BankKey(digest, member.data.digest, names, sight.seed if names else 0, 0, teacher.tokenizer)
         lie = {name: layouts[f"{teacher.name}:{name}"] for name in member.names}
-        found.append(CachedTeacher(member.tap, root, _key(key, still=teacher.clean), lie, load, member.data))
+        found.append(
+            CachedTeacher(
+                member.tap, root, _key(key, still=teacher.clean), lie, load, member.data, own_tokens=teacher.foreign
+            )
+        )
     return found
 
 
@@ -344,13 +383,13 @@ def _key(key: BankKey, *, still: bool) -> Callable[[int], BankKey]:
 
 def base_weights(tap: PanelTap, validation: Any, place: Place) -> Tensor:
     """(M,) weights of the teachers, from the recipe or fitted on the validation labels."""
-    given = np.array([member.teacher.weight for member in tap.members], dtype=np.float64)
-    given /= given.sum()
+    given = np.array([member.teacher.weight for member in tap.joined], dtype=np.float64)
+    given /= max(given.sum(), 1e-30)
     if tap.panel.weights != "learned" or "logits" not in tap.names:
         return torch.from_numpy(given).float()
     if validation is None or validation.labels is None:
         raise StageError("learned weights need labelled validation samples", hint='Set teacher.weights = "fixed".')
-    correct = [_correct(member, validation, place) for member in tap.members]
+    correct = [_correct(member, validation, place) for member in tap.joined]
     return torch.from_numpy(fitted_weights(np.stack(correct, 1))).float()
 
 

@@ -106,7 +106,7 @@ def _memory_problems(stage: DistilStage, where: str, module: nn.Module, processe
             text = "the model has neither a list of layers nor a Sequential to compute again"
             found.append(Problem(f"{where}.checkpoint_activations", text))
     cut = stage.accumulate > 1 or processes > 1
-    if stage.rollouts is not None and stage.rollouts.fraction > 0 and cut:
+    if stage.rollouts is not None and stage.rollouts.used and cut:
         text = "`rollouts` writes whole batches: leave `accumulate` out and launch one process"
         found.append(Problem(f"{where}.rollouts", text))
     return found

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from compressor.config import suggestion
+from compressor.data.alignment import AlignedSplit, aligned_view
 from compressor.data.load import other_view
 from compressor.data.raw import RawData
 from compressor.data.types import DataBundle, Split
@@ -45,6 +46,11 @@ class Teacher:
             return ""
         data = self.model.files.get(self.model.preprocess.tokenizer_file, b"")
         return hashlib.sha256(data + str(self.model.preprocess.max_length).encode()).hexdigest()[:16]
+
+    @property
+    def foreign(self) -> bool:
+        """Does it cut a language model's text with a tokenizer of its own? Its logits then are over other classes."""
+        return any(isinstance(split, AlignedSplit) for split in (self.splits or {}).values())
 
     def facts(self) -> dict[str, str]:
         """What identifies it, for keys and manifests."""
@@ -133,9 +139,16 @@ def _load(
         config, factory=factory, data=_data_of(recipe.data, item), allow_remote_code=remote, sample=raw.sample
     )
     own = _with_size(own, item)
-    splits = None if _same_inputs(own, model) else other_view(raw, data.rows, own)
-    order = _order(own, model, where)
+    splits = None if _same_inputs(own, model) else _view(raw, data, model, own)
+    order = () if model.task == "causal-lm" and splits is not None else _order(own, model, where)
     return Teacher(item.name, own, item.weight, item.view == "clean", splits, order, item.signals)
+
+
+def _view(raw: RawData, data: DataBundle, main: LoadedModel, own: LoadedModel) -> Mapping[str, Split]:
+    """The samples as a model with other inputs sees them; blocks of text keep what they say."""
+    if main.task == "causal-lm":
+        return aligned_view(raw, data.rows, main, own, data.splits)
+    return other_view(raw, data.rows, own)
 
 
 def _data_of(config: DataConfig, view: TeacherView) -> DataConfig:
@@ -151,6 +164,9 @@ def _data_of(config: DataConfig, view: TeacherView) -> DataConfig:
 def _own_splits(model: LoadedModel, view: TeacherView, raw: RawData, data: DataBundle) -> Mapping[str, Split] | None:
     if view.max_length is None and view.size is None:
         return None
+    if model.task == "causal-lm":
+        what = "a language model's blocks are as long to the teacher as to the student; leave `max_length` out"
+        raise PlanError.single("teacher.max_length", what)
     return other_view(raw, data.rows, _with_size(_with_length(model, view), view))
 
 
@@ -241,6 +257,9 @@ def view_problems(
             what = f"teacher `{teacher.name}` has a view of its own, but this stage makes its inputs while it trains"
             problems.append(Problem(where, what))
         moved = teacher.splits is not None or (teacher.clean and "token-drop" in stage.augment)
+        if teacher.foreign and stage.sequences is not None:
+            what = f"teacher `{teacher.name}` knows the text of the data, not what `sequences` writes"
+            problems.append(Problem(f"{where}.sequences", what))
         for name in names:
             owner, _, signal = name.rpartition(":")
             if (owner or MAIN) == teacher.name and text and moved and signal.partition("[")[0] in TOKEN_SIGNALS:

@@ -56,8 +56,15 @@ def moved(course: Schedule, now: float, before: float, seen: float) -> float:
 class Courses:
     """The weights and options of a run at each step. ``feedback`` lives in the checkpoint."""
 
-    def __init__(self, labels: float | Schedule, objectives: Sequence[Weighted], names: Sequence[str]) -> None:
-        """``names``: of the terms, ``labels`` first when there is such a term."""
+    def __init__(
+        self,
+        labels: float | Schedule,
+        objectives: Sequence[Weighted],
+        names: Sequence[str],
+        more: Mapping[str, float | Schedule] | None = None,
+    ) -> None:
+        """``names``: of the terms, ``labels`` first when there is such a term; ``more``: further values by name."""
+        self._more = dict(more or {})
         self._weights: list[tuple[str, float | Schedule]] = []
         if labels:
             self._weights.append(("labels", labels))
@@ -70,6 +77,7 @@ class Courses:
         yield from ((f"{name}.weight", course) for name, course in self._weights)
         for name, item in self._objectives:
             yield from ((f"{name}.{option}", course) for option, course in item.schedules.items())
+        yield from self._more.items()
 
     def values(self, step: int, total: int, feedback: Mapping[str, list[float]]) -> dict[str, float]:
         """Everything that is scheduled, by name; for the history."""

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from compressor.data.types import DataBundle, Split
-from compressor.distil import activations, checkpoint, ensemble, optim, passes, precision, teachers
+from compressor.distil import activations, checkpoint, ensemble, lengths, optim, passes, precision, teachers
 from compressor.distil.augment import augment
 from compressor.distil.bank import BankKey, Layout
-from compressor.distil.changes import Changes, changing, label_signal
+from compressor.distil.changes import Changes, changing, label_signal, shapes_student
 from compressor.distil.ensemble import PanelTap
+from compressor.distil.groups import GroupOrder, candidates
 from compressor.distil.masks import masking_of
 from compressor.distil.masks.base import Masking, NoMasking
 from compressor.distil.objectives.base import Context, Pass, Surveys
@@ -79,6 +80,7 @@ class Setup:
         self.device = self.accelerator.device
         self.augment_seed = seed_of(seed, "augment") if config.augment else 0
         self.changes = Changes(())
+        self.untaught: list[Weighted] = []
         self.held_out: Pass | None = None
         self.panel: Panel | None = None
         self.masking: Masking = NoMasking()
@@ -103,12 +105,14 @@ class Setup:
         taught = label_signal(weighted)
         names = {"logits", taught}.union(*(item.objective.needs.student for item in weighted))
         tap = stack.enter_context(SignalTap(self.student, sorted(names), self.mapping))
+        step_tap = lengths.apart(tap) if self.data.groups is not None and lengths.separable(names) else tap
         teacher_tap = self._teacher_tap(stack, weighted)
         layouts = self._prepare(weighted, tap, teacher_tap)
         numerics = self._numerics(state)
         decision = self._cache(layouts, weighted, state)
         source = self._source(teacher_tap, layouts, decision, numerics)
         self._survey(weighted, tap, source, fresh=state is None)
+        order, mined = self._groups(source, state, cached="logits" in layouts)
         frozen, still = optim.freeze(self.student, self.config.freeze)
         stack.callback(lambda: [parameter.requires_grad_(True) for parameter in frozen])
         if numerics.channels_last:
@@ -129,7 +133,7 @@ class Setup:
         losses = None if self.labels_only else self.choosing.losses(self.data, source, cached="logits" in layouts)
         parts = Parts(
             student=self.student,
-            tap=tap,
+            tap=step_tap,
             teacher=source,
             objectives=weighted,
             projectors=projectors,
@@ -143,7 +147,7 @@ class Setup:
             load=partial(self._load, numerics),
             numerics=numerics,
             device=self.device,
-            stream=Stream(self.data, self.config, seed_of(self.seed, "order"), losses, self.processes.agreed),
+            stream=Stream(self.data, self.config, seed_of(self.seed, "order"), losses, self.processes.agreed, order),
             label_weight=self.label_weight,
             processes=self.processes,
             label_signal=taught,
@@ -151,7 +155,7 @@ class Setup:
             masking=self.masking,
         )
         constant = {"precision": numerics.dtype, "channels_last": numerics.channels_last}
-        return parts, constant | chosen_data | {"cached": decision.cached, "cache_bytes": decision.bytes}
+        return parts, constant | chosen_data | mined | {"cached": decision.cached, "cache_bytes": decision.bytes}
 
     @property
     def label_weight(self) -> float | Schedule:
@@ -172,6 +176,7 @@ class Setup:
 
     def _objectives(self) -> list[Weighted]:
         if self.labels_only:
+            self.untaught = self._untaught()
             if not self.data.labelled:
                 raise StageError(
                     "the null twin has no labels to learn from", hint="Set null_twin = false in the recipe."
@@ -181,18 +186,46 @@ class Setup:
             raise StageError("there is no teacher to learn from", hint="A distil stage needs a PyTorch teacher.")
         student = available(self.student, self.mapping)
         teacher = panel_signals(self.panel, available(self.teacher, self.mapping), ensemble.others(self.panel))
-        weighted = build(self.config, student, teacher, self.processes.count, offered_fields(self.config, self.panel))
+        fields = offered_fields(self.config, self.panel, self.data.groups)
+        weighted = build(self.config, student, teacher, self.processes.count, fields)
         if not weighted and not self.label_weight:
             raise StageError("there is nothing to learn from", hint="Give the stage an objective, or the data labels.")
         return weighted
 
     def _install(self, weighted: Sequence[Weighted]) -> None:
         """Put the objectives' parts into the student, the same ones for the same seed."""
-        self.changes = Changes(changing(weighted))
+        self.changes = Changes(changing([*weighted, *self.untaught]))
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(self.seed, "heads"))
             self.changes.install(self.student.eval(), self._example())
         self.student.to(self.device)
+
+    def _untaught(self) -> list[Weighted]:
+        """For the null twin: the objectives whose part makes the student what it is. They teach it nothing."""
+        if self.teacher is None:
+            return []
+        found = tuple(item for item in self.config.objective if shapes_student(item))
+        stage = self.config.model_copy(update={"objective": found, "labels": 1.0})
+        return build(stage, available(self.student, self.mapping), available(self.teacher, self.mapping))
+
+    def _groups(
+        self, source: TeacherSource, state: Mapping[str, Any] | None, *, cached: bool
+    ) -> tuple[GroupOrder | None, dict[str, Tensor]]:
+        """Batches of whole groups where the data have some, and the passages mined for them, for the checkpoint."""
+        known, config = self.data.groups, self.config.negatives
+        if known is None or config is None:
+            return (None if known is None else GroupOrder(self.data, known)), {}
+        if state is not None:
+            pool = np.split(state["mined"].numpy(), np.cumsum(state["mined_sizes"].numpy())[:-1])
+        else:
+            embed = None
+            if not self.labels_only and config.mine == "teacher":
+                embed = self.choosing.embedder(source, cached=cached)
+                self.on_event("note", {"text": "negatives: the teacher ranks the passages of each query"})
+            pool = candidates(known, config, embed, seed_of(self.seed, "negatives"))
+        sizes = torch.tensor([len(wrong) for wrong in pool])
+        mined = {"mined": torch.from_numpy(np.concatenate(pool)), "mined_sizes": sizes}
+        return GroupOrder(self.data, known, config.count, pool), mined
 
     def _rollouts(self) -> OnPolicy | None:
         """On-policy batches, for the student that has a teacher to judge them."""

@@ -7,12 +7,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.distil.ensemble import Ensemble
 from compressor.distil.masks.base import Masking, NoMasking
+from compressor.distil.groups import grouped, pair_term
 from compressor.distil.objectives.base import Batch, Signals, Step, Term
 from compressor.distil.objectives.multilabel import binary_label_term
 from compressor.distil.optim import MovingAverage, Thaw
@@ -196,13 +198,15 @@ class Gradients:
             inputs = _blend(inputs, self.parts.load(draw.partners, view), draw.share)
             partners = self._labels[torch.from_numpy(draw.partners)]
         labels = self._labels[torch.from_numpy(draw.positions)]
-        batch = batch_of(labels, inputs, by_token=self.parts.data.by_token)
+        batch = grouped(batch_of(labels, inputs, by_token=self.parts.data.by_token), draw, self.parts.stream.groups)
         if self.parts.rollouts is not None:
             inputs, batch = self.parts.rollouts.step(inputs, batch, index)
         return Piece(draw, inputs, batch, partners)
 
     def _teaching(self, draw: Draw) -> Draw:
         """Where labels alone teach, samples without one change no gradient: they are not computed."""
+        if self._spares and draw.groups is not None:
+            return draw.among(np.flatnonzero(np.bincount(draw.groups)[draw.groups] > 1))
         known = self._known[draw.positions]
         if not self._spares or draw.partners is not None or known.all():
             return draw
@@ -215,7 +219,11 @@ class Gradients:
         teacher = parts.teacher.signals(piece.draw.positions, piece.inputs, view, student, step.epoch)
         found = []
         if parts.label_weight:
-            found.append(label_term(student[parts.label_signal], piece.batch, piece.partners, piece.draw.share))
+            signal = student[parts.label_signal]
+            if parts.data.answers:
+                found.append(pair_term(signal, piece.batch, step))
+            else:
+                found.append(label_term(signal, piece.batch, piece.partners, piece.draw.share))
         found += [item.objective(student, teacher, self._batch(item, piece), step) for item in parts.objectives]
         return found
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from compressor.distil.bank import LIMIT_BYTES, Bank, BankKey, Layout, samples_first
 from compressor.distil.stream import TrainingSet
 from compressor.errors import StageError
+from compressor.models.signals import ENCODER, output_mask
 from compressor.types import Array
 
 Tap = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -100,8 +101,12 @@ class CachedTeacher:
         layouts: Mapping[str, Layout],
         load: View,
         data: TrainingSet,
+        *,
+        own_tokens: bool = False,
     ) -> None:
+        """``own_tokens``: the teacher has a tokenizer of its own, so that the student's mask says nothing."""
         self.forwards = 0
+        self._own_tokens = own_tokens
         self._tap, self._root, self._key, self._layouts = tap, root, key, dict(layouts)
         self._load, self._data = load, data
         self._banks: dict[int, Bank] = {}
@@ -121,13 +126,13 @@ class CachedTeacher:
         if "token-drop" not in self._key(view).augment and self._data.lengths is not None:
             return self._data.lengths
         chunks = np.array_split(np.arange(len(self._data)), -(-len(self._data) // 256))
-        return np.concatenate([self._load(chunk, view)["attention_mask"].cpu().sum(1).numpy() for chunk in chunks])
+        return np.concatenate([output_mask(self._load(chunk, view)).cpu().sum(1).numpy() for chunk in chunks])
 
     def _teach(self, positions: Array, view: int, names: tuple[str, ...]) -> tuple[dict[str, Tensor], Tensor | None]:
         with torch.no_grad():
             inputs = self._load(positions, view)
             signals = self._tap(inputs)
-            mask = inputs.get("attention_mask")
+            mask = output_mask(inputs)
             return {name: signals[name].cpu() for name in names}, None if mask is None else mask.cpu()
 
     def _compare(self, bank: Bank, view: int) -> None:
@@ -156,7 +161,8 @@ class CachedTeacher:
         epoch: int = 0,
     ) -> Mapping[str, Tensor]:
         device = next(iter(inputs.values())).device
-        found = self._banks[view].read(positions, inputs.get("attention_mask"))
+        seen = self._load(positions, view) if self._own_tokens else inputs
+        found = self._banks[view].read(positions, output_mask(seen))
         return found if device.type == "cpu" else {name: tensor.to(device) for name, tensor in found.items()}
 
 
@@ -200,6 +206,8 @@ def decide(
     why = ""
     if online:
         why = "an objective needs the teacher online"
+    elif any(name.startswith(ENCODER) for name in layouts):
+        why = "an encoder's signals are not kept"
     elif size > limit:
         why = f"the outputs would take {size / 2**20:.0f} MiB, more than {limit / 2**20:.0f} MiB"
     if why and wanted == "on":

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from compressor.config import problems_of
+from compressor.data.pairs import Groups
 from compressor.distil.objectives import registry
 from compressor.distil.objectives.base import Objective, Term
+from compressor.distil.panel import MAIN, Panel
 from compressor.errors import CompressError, ConfigError, Problem
 from compressor.recipe import DistilStage, ObjectiveConfig
 from compressor.schedule import Schedule
@@ -19,7 +21,13 @@ from compressor.strategy import MixupStrategy
 if TYPE_CHECKING:
     from torch import Tensor
 
-BATCH_FIELDS = frozenset({"labels", "mask", "response"})  # what the loop fills of a ``Batch``
+BATCH_FIELDS = frozenset({"labels", "mask", "response"})  # what the loop fills of every ``Batch``
+SOURCES = {  # where other fields come from
+    "ends": "a language model's further teacher with a tokenizer of its own, named in `match`",
+    "student_made": "`rollouts` with `beside = true`",
+    "groups": "pairs of texts: `data.text_pair` beside `data.text`, in an embedding task",
+    "scores": "scores of the pairs: `data.score`",
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,12 @@ class Weighted:
     objective: Objective
     schedules: Mapping[str, Schedule] = field(default_factory=dict)  # of its options
 
+    @property
+    def teacher(self) -> str:
+        """The teacher whose signals it reads; the main one where it reads several."""
+        owners = {name.partition(":")[0] if ":" in name else MAIN for name in self.objective.needs.teacher}
+        return owners.pop() if len(owners) == 1 else MAIN
+
 
 def check(
     config: DistilStage,
@@ -38,6 +52,7 @@ def check(
     teacher_signals: Mapping[str, int],
     where: str = "distil",
     processes: int = 1,
+    fields: frozenset[str] = frozenset(),
 ) -> list[Problem]:
     """Everything wrong with the objectives of a stage, found without running a model.
 
@@ -46,6 +61,7 @@ def check(
         student_signals, teacher_signals: what the models offer (``compressor.models.signals.available``).
         where: key of the stage in the recipe, as a prefix of the problems' places (``stage.1``).
         processes: how many train together.
+        fields: of a ``Batch`` that data and stage bring beside ``BATCH_FIELDS``.
     """
     problems: list[Problem] = []
     if not config.labels and not config.objective:
@@ -57,7 +73,25 @@ def check(
             wrong = objective.bind(student_signals, teacher_signals)
             problems += [Problem(f"{place}.match" if item.match else f"{place}.use", text) for text in wrong]
             problems += [Problem(f"{place}.use", text) for text in _unfit(config, item.use, objective, processes)]
+            problems += [Problem(f"{place}.use", text) for text in _absent(item.use, objective, fields)]
     return problems
+
+
+def offered_fields(config: DistilStage, panel: Panel | None = None, groups: Groups | None = None) -> frozenset[str]:
+    """Fields of a ``Batch`` that this stage, these teachers and data with these groups bring."""
+    foreign = panel is not None and any(teacher.foreign for teacher in panel.teachers)
+    beside = config.rollouts is not None and config.rollouts.beside
+    paired = {"groups": groups is not None, "scores": groups is not None and groups.scores is not None}
+    return frozenset(name for name, there in {"ends": foreign, "student_made": beside, **paired}.items() if there)
+
+
+def _absent(name: str, objective: Objective, fields: frozenset[str]) -> list[str]:
+    absent = sorted(objective.needs.batch - BATCH_FIELDS - fields)
+    found = [f"`{name}` needs {SOURCES[field]}" for field in absent if field in SOURCES]
+    unknown = [field for field in absent if field not in SOURCES]
+    return found + (
+        [f"`{name}` needs {' and '.join(unknown)} of every sample, which no data brings yet"] * bool(unknown)
+    )
 
 
 def _unfit(config: DistilStage, name: str, objective: Objective, processes: int) -> list[str]:
@@ -74,20 +108,22 @@ def _unfit(config: DistilStage, name: str, objective: Objective, processes: int)
         )
     if "labels" in needs.batch and any(isinstance(strategy, MixupStrategy) for strategy in config.strategy):
         found.append(f"`{name}` needs one label a sample, which the strategy `mixup` blends")
-    if absent := sorted(needs.batch - BATCH_FIELDS):
-        found.append(f"`{name}` needs {' and '.join(absent)} of every sample, which no data brings yet")
     return found
 
 
 def build(
-    config: DistilStage, student: Mapping[str, int], teacher: Mapping[str, int], processes: int = 1
+    config: DistilStage,
+    student: Mapping[str, int],
+    teacher: Mapping[str, int],
+    processes: int = 1,
+    fields: frozenset[str] = frozenset(),
 ) -> list[Weighted]:
-    """The stage's objectives, bound to what the models offer.
+    """The stage's objectives, bound to what the models offer (see :func:`check`).
 
     Raises:
         ConfigError: with every problem :func:`check` finds.
     """
-    problems = check(config, student, teacher, processes=processes)
+    problems = check(config, student, teacher, processes=processes, fields=fields)
     if problems:
         raise ConfigError("the distil stage", problems)
     built = []

@@ -6,27 +6,33 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from compressor.distil.terms import check  # noqa: E402
+from compressor.distil.terms import check, offered_fields  # noqa: E402
 from compressor.recipe import DistilStage  # noqa: E402
 
 pytestmark = pytest.mark.train
 
 
 @pytest.mark.parametrize(
-    ("table", "fields"),
+    ("table", "hint"),
     [
-        ({"use": "distillm2"}, "student_made"),
-        ({"use": "alm"}, "ends"),
         ({"use": "list-kl", "options": {"teacher": "offline"}}, "scores"),
         ({"use": "similarity", "options": {"pairs": True}}, "groups"),
+        ({"use": "distillm2"}, "`rollouts` with `beside = true`"),
+        ({"use": "alm"}, "further teacher with a tokenizer of its own"),
     ],
 )
-def test_fields_that_no_data_brings_are_a_problem_of_the_plan(table, fields):
+def test_fields_that_nothing_brings_are_a_problem_of_the_plan(table, hint):
     stage = DistilStage.model_validate({"kind": "distil", "objective": [table]})
     (problem,) = check(stage, {"logits": 1}, {"logits": 1}, "stage.0")
     assert str(problem.where) == "stage.0.objective.0.use"
-    assert fields in problem.what
-    assert "which no data brings yet" in problem.what
+    assert hint in problem.what
+
+
+def test_stage_and_teachers_bring_fields():
+    stage = {"kind": "distil", "objective": [{"use": "distillm2"}], "rollouts": {"beside": True}}
+    config = DistilStage.model_validate(stage)
+    assert offered_fields(config) == {"student_made"}
+    assert check(config, {"logits": 1}, {"logits": 1}, fields=offered_fields(config)) == []
 
 
 def test_what_the_data_has_is_no_problem():
