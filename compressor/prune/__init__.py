@@ -51,9 +51,11 @@ def check(module: nn.Module, example: Batch, config: PruneStage) -> list[Problem
     """
     from compressor.models.structure.surgery import FORWARD_ERRORS
     from compressor.models.structure.units import find_groups
-    from compressor.prune import latency
+    from compressor.prune import latency, sparsity
     from compressor.prune.choose import candidates, problems_of
 
+    if config.zeros is not None:
+        return sparsity.check(module, config)
     try:
         groups = find_groups(module, example)
     except FORWARD_ERRORS as error:
@@ -104,11 +106,16 @@ def prune(
     )
 
 
+def needs_data(importance: str) -> bool:
+    """Whether this importance looks at what the network computes, not at its weights alone."""
+    return importance not in ("magnitude", "random")
+
+
 def _require(module: nn.Module, example: Batch, config: PruneStage, batches: Iterable[Batch]) -> None:
     problems = check(module, example, config)
     if problems:
         raise PlanError("the prune stage", problems)
-    if config.importance in ("activation", "taylor") and next(iter(batches), None) is None:
+    if needs_data(config.importance) and next(iter(batches), None) is None:
         hint = 'Give calibration data, or choose `importance = "magnitude"`.'
         raise StageError(f"{config.importance} importance needs calibration data, and there is none", hint=hint)
 
@@ -205,7 +212,7 @@ def _cut_width(
         work,
         chosen,
         config.importance,
-        batches if repair or config.importance in ("activation", "taylor") else (),
+        batches if repair or needs_data(config.importance) else (),
         seed,
     )
     sizes = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -20,6 +21,8 @@ def product(space: LabelSpace, a: tuple[Value, Tensor], b: tuple[Value, Tensor])
     left, right = Value(list(a[0].layers), param=a[0].param), Value(list(b[0].layers), param=b[0].param)
     inner, rows = a[1].dim() - 1, a[1].dim() - 2
     read, weight = layer_along(left, inner), layer_along(right, rows)
+    if not left.param and not right.param:
+        _note_heads(space, (left, right), rows)
     if read is not None and weight is not None and len(axes_of(read)) == len(axes_of(weight)) == 1:
         space.union(read.reshape(-1), weight.reshape(-1))
         space.mark(right, weight, space.consumed)
@@ -27,7 +30,6 @@ def product(space: LabelSpace, a: tuple[Value, Tensor], b: tuple[Value, Tensor])
     else:
         for value, layer, axis in ((left, read, inner), (right, weight, rows)):
             if layer is not None:
-                _note_heads(space, layer, axis)
                 replace(value, layer, space.fix_axis(layer, axis, FIXED if a[1].dim() == 2 else HEAD))
     for value, axis in ((left, rows), (right, inner)):
         made = layer_along(value, axis)
@@ -38,10 +40,12 @@ def product(space: LabelSpace, a: tuple[Value, Tensor], b: tuple[Value, Tensor])
     return Value(space.merge(kept))
 
 
-def _note_heads(space: LabelSpace, layer: Tensor, axis: int) -> None:
-    """Units that vary along a batch axis of a product of two activations are attention heads."""
-    if len([other for other in axes_of(layer) if other != axis]) >= 1:
-        space.head_labels.append(layer.numpy().reshape(-1))
+def _note_heads(space: LabelSpace, values: Sequence[Value], batch: int) -> None:
+    """Units that vary along one of the first ``batch`` axes of a product of two activations are attention heads."""
+    for value in values:
+        for layer in value.layers:
+            if not value.param and any(axis < batch for axis in axes_of(layer)):
+                space.head_labels.append(layer.numpy().reshape(-1))
 
 
 def mm(call: Call) -> list[Value]:

@@ -55,8 +55,7 @@ class TaylorStatistics:
             with torch.enable_grad():
                 for batch in batches:
                     self.samples += int(next(iter(batch.values())).shape[0])
-                    loss = pseudo_loss(run(self._module, batch), batch, self._generator)
-                    loss.backward()
+                    self._target(run(self._module, batch), batch).backward()
         finally:
             for handle in handles:
                 handle.remove()
@@ -64,6 +63,14 @@ class TaylorStatistics:
                 weight.requires_grad_(True)
             for name, part in self._module.named_modules():
                 part.training = training[name]
+
+    def _target(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """What is differentiated."""
+        return pseudo_loss(output, batch, self._generator)
+
+    def _fold_positions(self, chosen: Tensor) -> Tensor:
+        """(samples, units) of (samples, positions, units, width)."""
+        return chosen.sum(dim=(1, 3)).abs()
 
     def _watch(self, name: str) -> Any:
         layer = self._module.get_submodule(name)
@@ -82,7 +89,7 @@ class TaylorStatistics:
         for point in self._points[name]:
             index = _fold(layer, point.group.index[point.key], product.shape[-1])
             chosen = product[..., torch.from_numpy(index.reshape(-1))].reshape(*product.shape[:2], *index.shape)
-            point.squares += chosen.sum(dim=(1, 3)).abs().double().sum(dim=0).numpy()
+            point.squares += self._fold_positions(chosen).double().sum(dim=0).numpy()
 
     def importance(self, group: Group) -> Floats | None:
         """Mean over the places that read the group of its normalised sum; None when none was seen."""

@@ -65,8 +65,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         super().__init__()
         self.space = LabelSpace()
         self.values: dict[int, tuple[Tensor, Value]] = {}  # the tensor is held so that its id stays its own
+        stored = module.state_dict(keep_vars=True)  # other buffers (rotary frequencies) are computed, not learnt: fixed
         for name, tensor in named_tensors(module):
-            if id(tensor) not in self.values and tensor.is_floating_point():
+            if name in stored and id(tensor) not in self.values and tensor.is_floating_point():
                 self._remember(tensor, self._source(name, tensor))
 
     def _source(self, name: str, tensor: Tensor) -> Value:
