@@ -68,14 +68,14 @@ def deploy(
     ``cache`` keeps predictions by (file, runtime, inputs), so that profiles that share a runtime score a file once.
     Never raises for a candidate that fails or a target that is missing: the outcome says so.
     """
-    ready = _probe(backend)
+    ready = probed(backend)
     if isinstance(ready, Missing):
         return _missing(profile, candidates, promise, ready)
     site = find_site(profile, backend, ready)
     store: MutableMapping[str, Array] = {} if cache is None else cache
     run = Deployment(profile, backend, data, out, site, store, settings or Settings(), clock, on_event or _silent)
     entrants = (entrant for artifact in candidates.ordered() for entrant in backend.entrants(artifact, profile))
-    run.trials.extend(_compile(run, artifact) for artifact in entrants)
+    run.trials.extend(compiled_trial(run, artifact) for artifact in entrants)
     _score_validation(run)
     notes = measure_all(run)
     rows = _rows(run)
@@ -99,7 +99,8 @@ def _silent(_name: str, _facts: Mapping[str, Any]) -> None:
     """For callers that do not listen."""
 
 
-def _probe(backend: TargetBackend) -> Ready | Missing:
+def probed(backend: TargetBackend) -> Ready | Missing:
+    """What the back end says of this machine; an SDK that breaks is missing."""
     try:
         with sdk_errors(TargetUnavailable, f"probe target `{backend.name}`"):
             return backend.probe()
@@ -127,7 +128,8 @@ def _missing(profile: HardwareProfile, candidates: Candidates, promise: Promise,
     )
 
 
-def _compile(run: Deployment, artifact: Artifact) -> Trial:
+def compiled_trial(run: Deployment, artifact: Artifact) -> Trial:
+    """The artifact compiled for the profile, or with the reason why it was not."""
     run.event("deploy", {"text": f"{run.profile.name}: compiling {artifact.name}"})
     trial = Trial(artifact)
     if artifact.format not in run.backend.accepts:
@@ -163,7 +165,8 @@ def _score_validation(run: Deployment) -> None:
                 trial.failure = str(error)
 
 
-def _metric(run: Deployment, outputs: Array, evalset: EvalSet, reference: Array | None) -> Figure:
+def figure_of(run: Deployment, outputs: Array, evalset: EvalSet, reference: Array | None) -> Figure:
+    """The task's metric of these outputs; ``reference`` holds the teacher's, for metrics that need them."""
     assert run.site is not None
     try:
         value = score(run.data.task, outputs, evalset.labels, reference, run.data.labels)
@@ -184,7 +187,7 @@ def _rows(run: Deployment) -> list[Row]:
 def _row(run: Deployment, trial: Trial, reference: Array | None) -> Row:
     validation: Figure = Unavailable(trial.unscored or "not scored")
     if trial.validation is not None:
-        validation = _metric(run, trial.validation, run.data.validation, reference)
+        validation = figure_of(run, trial.validation, run.data.validation, reference)
     if trial.failure:
         state = State.UNAVAILABLE if trial.missing else State.FAILED
     elif run.site is not None and trial.validation is not None:
@@ -236,7 +239,7 @@ def _test_row(run: Deployment, row: Row, test: EvalSet, found: dict[str, Array],
     if outputs is None:
         return replace(row, test=Unavailable(failed.get(row.artifact.name) or row.reason or "it did not run"))
     reference = found.get(reference_of(run).artifact.name)
-    figure = _metric(run, outputs, test, reference)
+    figure = figure_of(run, outputs, test, reference)
     teacher = reference if reference_of(run).artifact.role == "teacher" and row.artifact.role != "teacher" else None
     loyal = None
     if run.data.task in CLASSIFICATION and teacher is not None and teacher.ndim == outputs.ndim == 2:

@@ -122,6 +122,38 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class SeedRow:
+    """Exported fp32 student and null twin of one seed, scored by the same runtime. ``stages``: in the store."""
+
+    seed: int
+    student_validation: Figure
+    twin_validation: Figure
+    student_test: Figure
+    twin_test: Figure
+    stages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PairedSeeds:
+    """Student against null twin over paired seeds: both arms of a seed share data, order, steps and first weights.
+
+    ``mean``, ``low`` and ``high`` (90 % t-interval) are of student minus twin on ``split``, in the task's metric; for a
+    perplexity in the mean log-likelihood of a token. None: not every seed has both figures, ``verdict`` says why.
+    """
+
+    profile: str  # whose runtime scored the files
+    split: str  # that the verdict is on: test, or validation where nothing could be tested
+    rows: tuple[SeedRow, ...]
+    teacher_validation: Figure
+    teacher_test: Figure
+    wins: int
+    verdict: str  # "5/5", "better", "no difference shown", "worse"
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """Everything a report shows. ``recipe`` is the validated recipe as plain data."""
 
@@ -144,3 +176,4 @@ class RunSummary:
     warnings: tuple[str, ...] = ()
     integrity: tuple[Finding, ...] = ()
     teachers: tuple[Mapping[str, str], ...] = ()  # further teachers, and views of their own
+    paired_seeds: PairedSeeds | None = None  # of `run --seeds N`

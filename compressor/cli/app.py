@@ -44,6 +44,10 @@ Teachers = Annotated[
     list[str] | None,
     typer.Option("--teacher", help="A further teacher, NAME=pkg.mod:factory (your own code); may be repeated."),
 ]
+Seeds = Annotated[
+    int,
+    typer.Option("--seeds", min=1, max=31, help="Train student and null twin with so many seeds, and compare them."),
+]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that a hub model brings.")]
 
 
@@ -59,6 +63,7 @@ def run(
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure again even if nothing changed.")] = False,
     trust_remote_code: RemoteCode = False,
     teacher: Teachers = None,
+    seeds: Seeds = 1,
     tracker: Annotated[
         str | None, typer.Option("--tracker", help="tensorboard or mlflow: curves, under the run folder.")
     ] = None,
@@ -69,7 +74,7 @@ def run(
     from compressor.cli.session import Request
 
     request = Request(
-        recipe, model, data, tuple(profile or ()), max_drop, task, out, trust_remote_code, tuple(teacher or ())
+        recipe, model, data, tuple(profile or ()), max_drop, task, out, trust_remote_code, tuple(teacher or ()), seeds
     )
     raise typer.Exit(run_command(request, remeasure=remeasure, as_json=json, tracker=tracker))
 
@@ -85,6 +90,7 @@ def plan(
     out: Out = Path("build"),
     trust_remote_code: RemoteCode = False,
     teacher: Teachers = None,
+    seeds: Seeds = 1,
     json: Json = False,
 ) -> None:
     """Say what `run` would do for each profile, and every problem, without computing anything."""
@@ -92,7 +98,7 @@ def plan(
     from compressor.cli.session import Request
 
     request = Request(
-        recipe, model, data, tuple(profile or ()), max_drop, task, out, trust_remote_code, tuple(teacher or ())
+        recipe, model, data, tuple(profile or ()), max_drop, task, out, trust_remote_code, tuple(teacher or ()), seeds
     )
     raise typer.Exit(plan_command(request, as_json=json))
 

@@ -18,12 +18,16 @@ CLASSES = ("image-classification", "text-classification")
 
 
 def findings(
-    session: Session, outcomes: Sequence[ProfileOutcome], stages: Sequence[StageResult]
+    session: Session,
+    outcomes: Sequence[ProfileOutcome],
+    stages: Sequence[StageResult],
+    other_seeds: Sequence[Sequence[StageResult]] = (),
 ) -> tuple[Finding, ...]:
-    """Everything that the checks have to say about this run."""
-    return tuple(
-        [*_contamination(session), *_canaries(session, outcomes), *_power(session, outcomes), *_hacking(stages)]
-    )
+    """Everything that the checks have to say about this run; ``other_seeds``: the stages of further pairs."""
+    found = [*_contamination(session), *_canaries(session, outcomes), *_power(session, outcomes), *_hacking(stages)]
+    for number, more in enumerate(other_seeds, 1):
+        found += _hacking(more, f", seed {session.recipe.seed + number}")
+    return tuple(found)
 
 
 def _contamination(session: Session) -> Iterator[Finding]:
@@ -109,11 +113,13 @@ def _power(session: Session, outcomes: Sequence[ProfileOutcome]) -> Iterator[Fin
     for profile, row, test in _shipped(outcomes):
         known = row.loyalty is not None
         discordant = 1 - row.loyalty.label if row.loyalty is not None else 2 * test * (1 - test)
-        text = power_statement(len(session.data.splits["test"]), discordant, estimated=not known)
+        text = power_statement(
+            len(session.data.splits["test"]), discordant, estimated=not known, seeds=session.request.seeds
+        )
         yield Finding("power", "note", f"{profile}, against the teacher: {text}")
 
 
-def _hacking(stages: Sequence[StageResult]) -> Iterator[Finding]:
+def _hacking(stages: Sequence[StageResult], which: str = "") -> Iterator[Finding]:
     from targets.outcome import Finding
 
     for number, stage in enumerate(stages):
@@ -121,4 +127,4 @@ def _hacking(stages: Sequence[StageResult]) -> Iterator[Finding]:
         if path.is_file():
             verdict = json.loads(path.read_text())["verdict"]
             state = "alarm" if verdict["alarm"] else "clear"
-            yield Finding(f"teacher hacking, stage {number} ({stage.stage})", state, str(verdict["text"]))
+            yield Finding(f"teacher hacking, stage {number} ({stage.stage}){which}", state, str(verdict["text"]))

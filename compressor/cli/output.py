@@ -91,6 +91,8 @@ class Progress:
                 return f"{data['stage']}: " + ("reused" if data["reused"] else f"done in {data['seconds']:.1f} s")
             case "stage-wait":
                 return f"{data['stage']}: waiting, {data['reason']}"
+            case "seed":
+                return str(data["text"])
             case "stage-damaged":
                 return f"{data['stage']}: stored result is damaged and is made again"
             case "epoch-progress" | "epoch" | "bank" | "precision" | "warning" | "deploy" | "measure-progress":

@@ -16,6 +16,8 @@ from filelock import FileLock, Timeout
 from compressor.cli.integrity import findings
 from compressor.cli.latency import layer_cost
 from compressor.cli.output import Progress, stdout_json
+from compressor.cli.predictions import PredictionStore
+from compressor.cli.seeds import compare_pairs, train_pairs
 from compressor.cli.session import Request, Session, open_session
 from compressor.cli.summary import show
 from compressor.data.types import DataBundle
@@ -23,13 +25,13 @@ from compressor.distil import trackers
 from compressor.distil.processes import is_main
 from compressor.errors import ConfigError, TargetUnavailable
 from compressor.ledger import Event, EventLog, Ledger, code_digest, digest_of
-from compressor.pipeline import Built, Pipeline
+from compressor.pipeline import Built, Pair, Pipeline
 from compressor.profile import HardwareProfile, load_profile, profile_names
 from compressor.stages.training import follow, release
 from compressor.types import Array, write_atomic
 
 if TYPE_CHECKING:
-    from targets.outcome import ProfileOutcome, RunSummary
+    from targets.outcome import PairedSeeds, ProfileOutcome, RunSummary
     from targets.trial import EvaluationData
 
 MISSED_LIMITS = 3
@@ -77,6 +79,7 @@ def run_digest(session: Session) -> str:
             "model": session.model.provenance.digest,
             "data": dict(session.data.digests),
             **({"panel": session.panel.facts()} if session.panel is not None else {}),
+            **({"seeds": session.request.seeds} if session.request.seeds > 1 else {}),
         }
     )
 
@@ -107,12 +110,26 @@ def execute(
             )
             built = pipeline.build()
         ledger.on_event = log
+        seeds, pairs = session.request.seeds, list[Pair]()
+        if seeds > 1:
+            pairs = train_pairs(pipeline, built, session.recipe, ledger, log, seeds)
         release()
         outcomes, rejected = _deploy_all(session, pipeline, built, ledger, folder, log, remeasure=remeasure)
-        summary = summarise(session, digest, built, ledger, outcomes, rejected)
+        proof = _compare(session, pairs, built, ledger, folder, log) if pairs else None
+        summary = summarise(session, digest, built, ledger, outcomes, rejected, proof, pairs)
         _stage_links(ledger, folder)
         log("run-done", {"outcomes": {outcome.profile: outcome.verdict for outcome in outcomes}})
     return summary, folder
+
+
+def _compare(
+    session: Session, pairs: Sequence[Pair], built: Built, ledger: Ledger, folder: Path, log: Event
+) -> PairedSeeds:
+    """The verdict of the seeds, through the runtime of the first profile."""
+    profile, cache = session.profiles[0], PredictionStore(ledger.cache / "predictions")
+    out = folder / "seeds"
+    out.mkdir(parents=True, exist_ok=True)
+    return compare_pairs(pairs, built, profile, evaluation_data(session), out, cache, log)
 
 
 def _run_lock(folder: Path, progress: Event) -> FileLock:
@@ -253,43 +270,6 @@ def _targets_digest() -> str:
     return digest.hexdigest()
 
 
-class PredictionStore(MutableMapping[str, Array]):
-    """Outputs of artifacts on splits, one ``.npy`` a key, so that profiles that share a file score it once."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def _path(self, key: str) -> Path:
-        return self.folder / f"{digest_of(key)[:32]}.npy"
-
-    def __getitem__(self, key: str) -> Array:
-        try:
-            made: Array = np.load(self._path(key), allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            raise KeyError(key) from None
-        return made
-
-    def __setitem__(self, key: str, value: Array) -> None:
-        import io
-
-        stream = io.BytesIO()
-        np.save(stream, value, allow_pickle=False)
-        write_atomic(self._path(key), stream.getvalue())
-
-    def __delitem__(self, key: str) -> None:
-        self._path(key).unlink()
-
-    def __iter__(self) -> Any:
-        raise TypeError("keys are stored as digests and cannot be listed")
-
-    def __len__(self) -> int:
-        return len(list(self.folder.glob("*.npy")))
-
-    def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and self._path(key).is_file()
-
-
 # -------------------------------------------------------------------- report and packages
 
 
@@ -300,6 +280,8 @@ def summarise(
     ledger: Ledger,
     outcomes: tuple[ProfileOutcome, ...],
     rejected: Mapping[str, str],
+    proof: PairedSeeds | None = None,
+    pairs: Sequence[Pair] = (),
 ) -> RunSummary:
     """All that the report shows, as one frozen value."""
     from compressor.evaluate import metric_name
@@ -332,8 +314,9 @@ def summarise(
         outcomes=outcomes,
         rejected=dict(rejected),
         warnings=session.plan.warnings,
-        integrity=findings(session, outcomes, ledger.results),
+        integrity=findings(session, outcomes, ledger.results, [pair.stages for pair in pairs[1:]]),
         teachers=tuple(item.facts() for item in session.panel.teachers) if session.panel is not None else (),
+        paired_seeds=proof,
     )
 
 

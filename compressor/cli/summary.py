@@ -44,11 +44,23 @@ def show(summary: RunSummary, paths: Mapping[str, Any]) -> None:
         print(f"  {'kept' if outcome.kept else 'MISSED'}: {outcome.verdict}")
         if outcome.missing:
             print(f"  missing: {outcome.missing}")
+    _show_seeds(summary)
     for warning in summary.warnings:
         print(f"note: {warning}")
     print(f"\nreport    {paths['report_html']}")
     for name, path in paths["packages"].items():
         print(f"package   {path}  ({name})")
+
+
+def _show_seeds(summary: RunSummary) -> None:
+    from targets.report.seeds import SEED_HEADERS, seed_rows, seed_sentences
+
+    rows = seed_rows(summary)
+    if rows:
+        print()
+        table(list(SEED_HEADERS), rows, f"paired seeds, {summary.metric}")
+    for sentence in seed_sentences(summary):
+        print(f"  {sentence}")
 
 
 def _cells(row: Row, metric: str, notes: Footnotes) -> list[str]:

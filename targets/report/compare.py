@@ -109,6 +109,5 @@ def _noise(bought: float, student: Row, twin: Row, split: str, summary: RunSumma
         return "."
     half = 1.96 * math.sqrt(sum(share * (1 - share) for share in shares if share is not None) / count)
     verdict = "more than" if abs(bought) > half else "no more than"
-    return (
-        f"; that is {verdict} the sampling noise of {count:,} samples (±{100 * half:.2f} points at 95 %), on one seed."
-    )
+    runs = "one seed" if summary.paired_seeds is None else f"seed {summary.seed} alone"
+    return f"; that is {verdict} the sampling noise of {count:,} samples (±{100 * half:.2f} points at 95 %), on {runs}."

@@ -18,6 +18,7 @@ from targets.report import figures
 from targets.report.compare import size_ratio, twin_verdicts
 from targets.report.facts import fact_groups
 from targets.report.picture import Picture, draw, kind_of
+from targets.report.seeds import SEED_HEADERS, seed_rows, seed_sentences
 from targets.report.table import coverage_text, drop_text
 
 WIDE_PX, NARROW_PX = (920.0, 470.0), (380.0, 440.0)
@@ -71,6 +72,9 @@ def to_html(summary: RunSummary) -> str:
         summary=summary,
         profiles=[_profile(index, outcome, summary.metric) for index, outcome in enumerate(summary.outcomes)],
         twins=twin_verdicts(summary),
+        seed_headers=SEED_HEADERS,
+        seed_rows=seed_rows(summary),
+        seed_sentences=seed_sentences(summary),
         groups=fact_groups(summary),
         recipe=json.dumps(summary.recipe, indent=2, ensure_ascii=False, default=str),
     )

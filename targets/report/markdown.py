@@ -8,6 +8,7 @@ from targets.outcome import ProfileOutcome, RunSummary
 from targets.report import figures
 from targets.report.compare import twin_verdicts
 from targets.report.facts import fact_groups
+from targets.report.seeds import SEED_HEADERS, seed_rows, seed_sentences
 from targets.report.table import HEADERS, headline, profile_rows
 
 
@@ -55,7 +56,15 @@ def _twins(summary: RunSummary) -> list[str]:
     lines = ["", "## What distillation bought", ""]
     if not found:
         return [*lines, "No null twin was trained in this run, so that this question stays open."]
-    return lines + [f"- {escape(verdict.profile)}: {escape(verdict.sentence)}" for verdict in found]
+    lines += [f"- {escape(verdict.profile)}: {escape(verdict.sentence)}" for verdict in found]
+    return lines + _seeds(summary)
+
+
+def _seeds(summary: RunSummary) -> list[str]:
+    if summary.paired_seeds is None:
+        return []
+    sentences = [escape(sentence) for sentence in seed_sentences(summary)]
+    return ["", "### Paired seeds", "", *markdown_table(SEED_HEADERS, seed_rows(summary)), "", " ".join(sentences)]
 
 
 def _rejected(summary: RunSummary) -> list[str]:

@@ -19,10 +19,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from compressor.errors import ConfigError, Problem
 from compressor.types import Figure, Measurement, Unavailable, write_atomic
-from targets.outcome import ParityRow, ProfileOutcome, Row, RunSummary
+from targets.outcome import PairedSeeds, ParityRow, ProfileOutcome, Row, RunSummary
 
 SCHEMA_VERSION = "1.0"
 _SUBJECT = "report.json"
+SEED_FIGURES = ("student_validation", "twin_validation", "student_test", "twin_test")
 
 
 def to_json(summary: RunSummary, folder: Path | None = None) -> str:
@@ -92,7 +93,20 @@ def finite(summary: RunSummary) -> RunSummary:
     )
     stages = tuple(dataclasses.replace(stage, metrics=_finite_map(stage.metrics)) for stage in summary.stages)
     parity = tuple(_finite_parity(row) for row in summary.parity)
-    return dataclasses.replace(summary, outcomes=outcomes, stages=stages, parity=parity)
+    return dataclasses.replace(
+        summary, outcomes=outcomes, stages=stages, parity=parity, paired_seeds=_finite_seeds(summary.paired_seeds)
+    )
+
+
+def _finite_seeds(found: PairedSeeds | None) -> PairedSeeds | None:
+    if found is None:
+        return None
+    rows = tuple(
+        dataclasses.replace(row, **{name: _finite_figure(getattr(row, name)) for name in SEED_FIGURES})
+        for row in found.rows
+    )
+    teacher = {name: _finite_figure(getattr(found, name)) for name in ("teacher_validation", "teacher_test")}
+    return dataclasses.replace(found, rows=rows, **teacher)
 
 
 def _finite_row(row: Row) -> Row:
