@@ -1,0 +1,160 @@
+"""What on-policy distillation does for a small causal language model, and for its use as a draft (methods X1, X4).
+
+python -m tools.bench_drafts [--build build] [--work build/bench/drafts] [--seeds 5] [--page FILE]
+
+The student is four of the teacher's 30 layers with its embeddings. One warm start; from it, for each seed, three
+students on the same text: cross-entropy with the text, distillation on the text, and the same distillation on what the
+student wrote itself (GKD). Judged by the teacher's likelihood of what each student writes, and by how many of its
+proposals the teacher accepts, with the real times of speculative decoding. Resumable: figures are kept in ``--work``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compressor.distil.generation import end_token, generate
+from compressor.recipe import StudentStage
+from compressor.students import make_student
+from tools.bench_speculative import measure
+from tools.causal_lm import BATCH, BLOCK, Results, World, drawn, forget, log_likelihoods, open_world, perplexity, train
+
+LAYERS = (0, 10, 19, 29)
+WARM_STEPS, STEPS = 240, 40
+PROMPT, NEW = 16, BLOCK - 16
+PROMPTS, TIMED = 64, 4  # beginnings that are judged, and that speculative decoding is timed on
+AHEAD = (1, 2, 3, 4, 6, 8)  # lengths of proposals
+TIMED_AHEAD = (1, 2, 4)
+KD: list[dict[str, Any]] = [{"use": "kd", "options": {"temperature": 1.0}}]
+ON_POLICY = {"fraction": 1.0, "prompt_tokens": PROMPT, "max_new_tokens": NEW, "temperature": 1.0}
+ARMS: dict[str, dict[str, Any]] = {
+    "ce": {"objective": []},
+    "kd": {"objective": KD},
+    "gkd": {"objective": KD, "rollouts": ON_POLICY},
+}
+RATE, WARM_RATE = 2e-4, 1e-3
+
+
+def fresh(world: World) -> nn.Module:
+    """The student before any training."""
+    example = {name: torch.from_numpy(value) for name, value in world.train.batch(np.arange(2)).items()}
+    config = StudentStage(kind="student", keep_layers=LAYERS)
+    return make_student(world.teacher, config, example, seed=0).module
+
+
+def warm(world: World, work: Path) -> nn.Module:
+    """The start that all arms share: distilled on text that no arm sees."""
+    student = fresh(world)
+    text = drawn(world.train, WARM_STEPS * BATCH, 0)
+    train(
+        student, world.teacher, text, {"objective": KD, "learning_rate": WARM_RATE}, seed=0, work=work / "warm",
+        digest=world.model.provenance.digest,
+    )  # fmt: skip
+    return student
+
+
+def arm(world: World, start: nn.Module, name: str, seed: int, work: Path) -> nn.Module:
+    """One student of a seed; the three of a seed read the same blocks in the same order."""
+    student = copy.deepcopy(start)
+    text = drawn(world.train, STEPS * BATCH, 1000 + seed)
+    teacher = None if name == "ce" else world.teacher
+    settings = {"learning_rate": RATE, **ARMS[name]}
+    train(student, teacher, text, settings, seed=seed, work=work, digest=world.model.provenance.digest)
+    return student.eval()
+
+
+def judged(world: World, student: nn.Module, seed: int) -> dict[str, float]:
+    """The teacher's and the student's own mean log-likelihood of a token that the student drew (temperature 1)."""
+    end = end_token(world.teacher)
+    made = generate(student, world.prompts(PROMPTS, PROMPT), NEW, temperature=1.0, seed=seed, end=end)
+    written = made.mask[:, PROMPT:] != 0
+    theirs, own = (log_likelihoods(m, made.ids)[:, PROMPT - 1 :][written].mean() for m in (world.teacher, student))
+    kinds = len(torch.unique(made.ids[:, PROMPT:][written])) / int(written.sum())
+    return {"teacher_ll": float(theirs), "own_ll": float(own), "distinct": kinds, "tokens": int(written.sum())}
+
+
+def teacher_text(world: World, work: Path) -> Tensor:
+    """The teacher's own greedy continuations, int64 (B, T); made once."""
+    file = work / "teacher-text.npy"
+    if not file.is_file():
+        np.save(file, generate(world.teacher, world.prompts(PROMPTS, PROMPT), NEW).ids.numpy())
+    return torch.from_numpy(np.load(file, allow_pickle=False))
+
+
+def agreement(student: nn.Module, text: Tensor) -> Tensor:
+    """Where the student's likeliest token is the teacher's, bool (B, n). At temperature 0 acceptance is just this."""
+    with torch.no_grad():
+        guess = torch.cat([student(part, torch.ones_like(part)).argmax(-1) for part in text.split(16)])
+    return guess[:, PROMPT - 1 : -1] == text[:, PROMPT:]
+
+
+def block_efficiency(agrees: Tensor, ahead: int) -> float:
+    """Mean tokens a pass of the target gives with proposals of ``ahead`` tokens; at most ``ahead`` + 1.
+
+    >>> block_efficiency(torch.tensor([[True, True, False, True, False, True]]), 2)
+    3.0
+    """
+    passes = written = 0
+    for row in agrees.tolist():
+        at = 0
+        while at < len(row):
+            wrong = next((i for i, good in enumerate(row[at : at + ahead]) if not good), len(row[at : at + ahead]))
+            at += wrong + 1
+            passes += 1
+        written += at
+    return written / passes
+
+
+def evaluate(world: World, student: nn.Module, seed: int, work: Path, *, timed: bool) -> dict[str, Any]:
+    """All figures of one student."""
+    agrees = agreement(student, teacher_text(world, work))
+    row: dict[str, Any] = {
+        "perplexity": perplexity(student, world.test, 64),
+        **judged(world, student, seed),
+        "accepted": float(agrees.float().mean()),
+        "efficiency": {str(k): block_efficiency(agrees, k) for k in AHEAD},
+    }
+    if timed:
+        prompts = world.prompts(PROMPTS, PROMPT)[:: PROMPTS // TIMED]
+        row["timed"] = {str(k): measure(world.teacher, student, prompts, NEW, k) for k in TIMED_AHEAD}
+    return row
+
+
+def run(world: World, work: Path, seeds: Sequence[int], results: Results) -> None:
+    """Everything that has no figures yet."""
+    missing = [(seed, name) for seed in seeds for name in ARMS if f"{name}-{seed}" not in results.rows]
+    if not missing:
+        return
+    start = warm(world, work)
+    if "start" not in results.rows:
+        results.add("start", evaluate(world, start, 0, work, timed=False))
+    for seed, name in missing:
+        folder = work / f"{name}-{seed}"
+        student = arm(world, start, name, seed, folder)
+        results.add(f"{name}-{seed}", evaluate(world, student, seed, work, timed=name != "kd"))
+        forget(folder)
+
+
+def main() -> None:
+    """Train what is missing, print every row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build", type=Path, default=Path("build"))
+    parser.add_argument("--work", type=Path, default=Path("build/bench/drafts"))
+    parser.add_argument("--seeds", type=int, default=5)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    results = Results(options.work / "results.json")
+    run(open_world(options.build), options.work, range(1, options.seeds + 1), results)
+    print(json.dumps(results.rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
