@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from compressor.data.types import DataBundle
+from compressor.data.types import DataBundle, labelled
 from compressor.distil.panel import Panel
 from compressor.errors import StageError
 from compressor.ledger import Event, Ledger, ignore_event
@@ -47,8 +47,8 @@ class Pair:
 
 
 def trains_twin(recipe: Recipe, stage: DistilStage, data: DataBundle) -> bool:
-    """Does this stage train the null twin? It needs labels."""
-    return recipe.null_twin and data.splits["train"].labels is not None and stage.data != "transfer"
+    """Does this stage train the null twin? It needs labels, or texts that answer others."""
+    return recipe.null_twin and labelled(data) and stage.data != "transfer"
 
 
 class Pipeline:

@@ -26,6 +26,12 @@ class Split(Protocol):
     # a row a sample (see ``compressor.data.alignment``).
 
 
+def labelled(data: DataBundle) -> bool:
+    """Has the train part something to learn from without a teacher: labels, or texts that answer others?"""
+    train = data.splits["train"]
+    return train.labels is not None or bool(getattr(getattr(train, "groups", None), "answers", False))
+
+
 @dataclass(frozen=True)
 class NearDuplicates:
     """Samples of one part that are almost a sample of a test part (other than exact duplicates)."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from compressor.distil.terms import Weighted
-    from compressor.recipe import DistilStage
+    from compressor.recipe import DistilStage, ObjectiveConfig
 
 
 @dataclass
@@ -88,6 +88,13 @@ def stage_problems(
     from compressor.models.signals import available
 
     return problems_of(build(config, available(student), taught, fields=fields), student, where)
+
+
+def shapes_student(item: ObjectiveConfig) -> bool:
+    """Does this objective put a part into the student that the null twin has too, as it makes the output's size?"""
+    from compressor.distil.terms import made
+
+    return bool(getattr(made(item), "in_twin", False))
 
 
 def passes_of(config: DistilStage) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from compressor.types import Array
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from compressor.data.pairs import Groups
     from compressor.data.types import DataBundle
 
 EMBEDDING_TASKS = frozenset({"sentence-embedding", "sentence-similarity", "retrieval"})
@@ -44,6 +45,7 @@ def fit_problems(
     """
     found = _embedding_problems(stage, where) if task in EMBEDDING_TASKS else []
     found += _class_problems(where, module, example, data) if task.endswith("-classification") else []
+    found += _group_problems(stage, where, getattr(data.splits["train"], "groups", None), processes)
     found += _memory_problems(stage, where, module, processes)
     found += _strategy_problems(stage, where, example)
     if stage.data == "transfer" and "transfer" not in data.splits:
@@ -71,6 +73,39 @@ def _embedding_problems(stage: DistilStage, where: str) -> list[Problem]:
             text = f"`{strategy.use}` reads class probabilities, and this model gives embeddings"
             found.append(Problem(f"{where}.strategy.{number}.use", text))
     return found
+
+
+def _group_problems(stage: DistilStage, where: str, groups: Groups | None, processes: int) -> list[Problem]:
+    """Lists of passages: have they wrong ones, and do the scores speak of all of them?"""
+    from compressor.distil.terms import made
+
+    found = []
+    if groups is None:
+        if stage.negatives is not None:
+            found.append(Problem(f"{where}.negatives", "needs queries with passages: the task `retrieval`"))
+        return found
+    bare = int((groups.sizes < 3).sum())
+    for number, item in enumerate(stage.objective):
+        objective, place = made(item), f"{where}.objective.{number}.use"
+        if objective is None or not reads_groups(objective):
+            continue
+        offline = getattr(objective.options, "teacher", "") == "offline"  # type: ignore[attr-defined]
+        if getattr(objective, "several", False) and bare == len(groups) and stage.negatives is None:
+            text = f"`{item.use}` compares right with wrong passages, and the data have none: give rows whose "
+            found.append(Problem(place, text + "`data.label` is 0, or `negatives = { count = 4 }`"))
+        if offline and bare and stage.negatives is not None:
+            text = f"`{item.use}` reads scores, which mined passages have not: {bare} queries have no wrong passage"
+            found.append(Problem(f"{where}.negatives", text))
+    if groups.answers and stage.labels and (stage.accumulate > 1 or processes > 1):
+        text = "pairs are taught against the whole batch: leave `accumulate` out, launch one process, or set labels = 0"
+        found.append(Problem(f"{where}.labels", text))
+    return found
+
+
+def reads_groups(objective: Any) -> bool:
+    """Does an unbound objective read lists that the data group?"""
+    options = objective.options
+    return not hasattr(options, "student") or options.student != "score" or options.teacher == "offline"
 
 
 def _class_problems(where: str, module: nn.Module, example: Mapping[str, Tensor], data: DataBundle) -> list[Problem]:

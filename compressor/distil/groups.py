@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,11 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compressor.data.pairs import Groups
+from compressor.distil.objectives.base import Batch, Step, Term
+from compressor.distil.objectives.embedding import AdditiveMargin
 from compressor.distil.stream import POOL_BATCHES, TrainingSet
 from compressor.errors import StageError
 from compressor.strategy import Negatives
 from compressor.types import Array
 
+if TYPE_CHECKING:
+    from compressor.distil.strategies.draws import Draw
+
+_PAIRS = AdditiveMargin()
 CHUNK = 512  # queries whose passages are ranked at a time
 Embed = Callable[[Array], Tensor]  # positions -> vectors (B, d)
 
@@ -62,6 +70,20 @@ class GroupOrder:
 
 def _together(units: Sequence[Array]) -> tuple[Array, Array]:
     return np.concatenate(units), np.repeat(np.arange(len(units)), [len(unit) for unit in units])
+
+
+def grouped(batch: Batch, draw: Draw, order: GroupOrder | None) -> Batch:
+    """The batch with the groups of its samples, and what the data say of each."""
+    if draw.groups is None or order is None:
+        return batch
+    device = batch.mask.device if batch.mask is not None else "cpu"
+    scores = None if order.scores is None else order.scores[torch.from_numpy(draw.positions)].to(device)
+    return replace(batch, groups=torch.from_numpy(draw.groups).to(device), scores=scores)
+
+
+def pair_term(embeddings: Tensor, batch: Batch, step: Step) -> Term:
+    """What the labels of pairs teach without a teacher: `additive-margin` with its defaults."""
+    return _PAIRS({"logits": embeddings}, {}, batch, step)
 
 
 def candidates(groups: Groups, config: Negatives, embed: Embed | None, seed: int) -> list[Array]:

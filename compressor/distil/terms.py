@@ -87,11 +87,7 @@ def offered_fields(config: DistilStage, panel: Panel | None = None, groups: Grou
 
 def _absent(name: str, objective: Objective, fields: frozenset[str]) -> list[str]:
     absent = sorted(objective.needs.batch - BATCH_FIELDS - fields)
-    found = [f"`{name}` needs {SOURCES[field]}" for field in absent if field in SOURCES]
-    unknown = [field for field in absent if field not in SOURCES]
-    return found + (
-        [f"`{name}` needs {' and '.join(unknown)} of every sample, which no data brings yet"] * bool(unknown)
-    )
+    return [f"`{name}` needs {' and '.join(SOURCES[field] for field in absent)}"] if absent else []
 
 
 def _unfit(config: DistilStage, name: str, objective: Objective, processes: int) -> list[str]:
@@ -133,6 +129,11 @@ def build(
             objective.bind(student, teacher)
             built.append(Weighted(item.use, item.weight, objective, _schedules(item)))
     return built
+
+
+def made(item: ObjectiveConfig) -> Objective | None:
+    """The objective of one table of the recipe, unbound; None where the table is wrong."""
+    return _built(item, item.use, [])
 
 
 def _built(item: ObjectiveConfig, place: str, problems: list[Problem]) -> Objective | None:

@@ -13,6 +13,7 @@ from compressor.distil.probes.hacking import HackingMonitor
 from compressor.distil.processes import Processes, launched
 from compressor.ledger import Event, StageOutput, code_digest, ignore_event
 from compressor.recipe import DistilStage
+from compressor.stages.rounds import in_rounds, with_teacher
 from compressor.stages.run import RECORD_FILE, Line, Run
 from compressor.stages.sequences import with_sequences
 from compressor.strategy import FilterStrategy, QueryStrategy
@@ -23,26 +24,36 @@ if TYPE_CHECKING:
     from compressor.distil.result import DistilResult
 
 START = "start"  # folder of the student as it enters the stage, for the other processes
+TAUGHT = "taught"  # and of the student of the round before, where that is the teacher
 
 
-def distil(run: Run, line: Line, stage: DistilStage, *, labels_only: bool) -> Line:
-    """``line`` trained on the teacher, or (``labels_only``) the same student trained without it."""
+def distil(run: Run, line: Line, stage: DistilStage, *, labels_only: bool, taught: Run | None = None) -> Line:
+    """``line`` trained on the teacher, or (``labels_only``) the same student trained without it.
+
+    ``taught``: the run with another teacher in the place of its own, for this stage alone.
+    """
+    from compressor.distil.changes import shapes_student
+
+    if not labels_only and (stage.rounds > 1 or stage.labels == "estimate"):
+        return in_rounds(run, line, stage, distil)
+    own, taught = run, taught or run
     config = stage.model_dump(mode="json")
     if labels_only:  # what only the teacher's terms use must not make a new twin
         config = {
             name: value
             for name, value in config.items()
-            if name not in {"objective", "cache", "cache_logits", "labels", "rollouts", "sequences"}
+            if name not in {"objective", "cache", "cache_logits", "labels", "rollouts", "sequences", "rounds"}
         }
+        config["objective"] = [item.model_dump(mode="json") for item in stage.objective if shapes_student(item)]
     # the twin sees the same samples, so where the teacher chooses them the twin depends on it too
     judged = any(isinstance(strategy, FilterStrategy | QueryStrategy) for strategy in stage.strategy)
     key = {
         "previous": line.key,
         "config": config,
         "labels_only": labels_only,
-        "teacher": run.model.provenance.digest if judged or not labels_only else None,
+        "teacher": taught.model.provenance.digest if judged or not labels_only else None,
         "signals": run.recipe.teacher.signals,
-        **({"panel": run.panel.facts()} if run.panel is not None and not labels_only else {}),
+        **({"panel": taught.panel.facts()} if taught.panel is not None and not labels_only else {}),
         "data": {name: run.data.digests[name] for name in sorted(run.data.digests) if name not in {"test", "fresh"}},
         "seed": run.recipe.seed,
         **({"round_to": run.round_to} if stage.cofi is not None else {}),
@@ -61,13 +72,14 @@ def distil(run: Run, line: Line, stage: DistilStage, *, labels_only: bool) -> Li
     }
     name = "null-twin" if labels_only else "distil"
     result = run.ledger.stage(
-        name, key, lambda folder: _train(run, line, stage, folder, labels_only=labels_only), resumable=True
+        name, key, lambda folder: _train(taught, own, line, stage, folder, labels_only=labels_only), resumable=True
     )
     record = json.loads((result.folder / RECORD_FILE).read_text())  # objectives may have left parts in the student
     return Line(line.role, result.key, run.stored_module(result.folder), record)
 
 
-def _train(run: Run, line: Line, stage: DistilStage, folder: Path, *, labels_only: bool) -> StageOutput:
+def _train(run: Run, own: Run, line: Line, stage: DistilStage, folder: Path, *, labels_only: bool) -> StageOutput:
+    """Train and write the result. ``own`` is the run with its own teacher, from which students are rebuilt."""
     from copy import deepcopy
 
     from compressor.models.rebuild import save_student
@@ -79,7 +91,9 @@ def _train(run: Run, line: Line, stage: DistilStage, folder: Path, *, labels_onl
         (work / START).mkdir(parents=True, exist_ok=True)
         save_student(work / START, student, line.record)
         order = {"stage": stage.model_dump(mode="json"), "labels_only": labels_only, "work": str(work)}
-        order |= {"seed": run.recipe.seed}
+        order |= {"seed": run.recipe.seed, "taught_by": None if run is own else run.model.provenance.digest}
+        if run is not own:
+            save_student(work / TAUGHT, run.teacher, line.record)
         Processes().tell(order)
     monitor = None if labels_only else _monitor(run, folder)
     score = run.validation_score if monitor is None else partial(run.validation_score, watch=monitor.observe)
@@ -114,6 +128,8 @@ def follow(run: Run) -> None:
         work = Path(order["work"])
         student, stage = load_student(work / START, run.teacher), DistilStage.model_validate(order["stage"])
         seeded = replace(run, recipe=run.recipe.model_copy(update={"seed": order["seed"]}))
+        if order["taught_by"] is not None:
+            seeded = with_teacher(seeded, load_student(work / TAUGHT, run.teacher), order["taught_by"])
         _fit(seeded, student, stage, work, seeded.validation_score, ignore_event, labels_only=order["labels_only"])
 
 

@@ -25,6 +25,8 @@ class _ListOptions(Frozen):
 class _ListObjective(SignalObjective):
     """Compares the two models' scores of the same lists."""
 
+    several: ClassVar[bool] = True  # a list of one item teaches nothing
+
     class Options(_ListOptions):
         pass
 
@@ -108,6 +110,7 @@ class ScoreMse(_ListObjective):
     Worked number: logits [2, 1] of the teacher and [0, 3] of the student: (3 - -1)^2 = 16.
     """
 
+    several = False
     log_name = "score MSE"
 
     def lists(self, s: Signals, t: Signals, batch: Batch) -> tuple[Lists, Lists]:
@@ -231,10 +234,10 @@ class SelfEnsemble(SignalObjective):
 
 
 class AdaptiveMargin(SignalObjective):
-    """No teacher: the margin between positive and negative is how unlike the two documents are.
+    """No teacher: how alike the positive and the negative are says what the margin between them should be.
 
     Formula: mean of ((cos(q, d+) - cos(q, d-)) - t)^2. The target is written t = cos(d+, d-) / 2 + 1/2 in the published
-    code; gradients flow through it unless `stop_target`. With `distributed` every margin of the batch is also compared
+    code, so alike documents ask for the larger margin; gradients flow through it unless `stop_target`. With `distributed` every margin of the batch is also compared
     with the target of every pair (d+, d-) in it.
 
     Shapes: the student's embeddings (B, d); each group is query, positive, negatives.
@@ -244,6 +247,8 @@ class AdaptiveMargin(SignalObjective):
     When: retrieval without any teacher; the null to beat for `margin-mse`.
     Worked number: q [1,0], d+ [1,0], d- [0,1]: (1 - 1/2)^2 = 0.25.
     """
+
+    several: ClassVar[bool] = True
 
     class Options(Frozen):
         distributed: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from compressor.distil.processes import Processes
@@ -17,6 +18,9 @@ from compressor.distil.teachers import TeacherSource
 from compressor.errors import StageError
 from compressor.recipe import DistilStage
 from compressor.types import Array
+
+
+CHUNK = 128  # texts of one call
 
 
 class Choosing:
@@ -55,6 +59,24 @@ class Choosing:
 
         judges = Judges(self._student, taught, lambda positions: self._load(positions, 0))
         return lambda positions: judges.losses(data, positions)
+
+    def embedder(self, source: TeacherSource, *, cached: bool) -> Callable[[Array], Tensor]:
+        """The teacher's output for samples, from the source where it has it."""
+
+        def embed(positions: Array) -> Tensor:
+            found = []
+            with torch.no_grad():
+                for start in range(0, len(positions), CHUNK):
+                    part = positions[start : start + CHUNK]
+                    inputs = self._load(part, 0)
+                    if cached:
+                        source.prepare(0)
+                        found.append(source.signals(part, inputs, 0)["logits"].cpu())
+                    else:
+                        found.append(self._ask(part, inputs).cpu())
+            return torch.cat(found)
+
+        return embed
 
     def _ask(self, positions: Array, inputs: Mapping[str, Tensor]) -> Tensor:
         if self._teacher is None:

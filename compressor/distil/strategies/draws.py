@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from compressor.distil.groups import GroupOrder
 from compressor.distil.stream import TrainingSet
 from compressor.errors import StageError
 from compressor.recipe import DistilStage
@@ -23,30 +24,44 @@ Losses = Callable[[Array], tuple[Array, Array]]  # positions -> loss of the stud
 
 @dataclass(frozen=True)
 class Draw:
-    """The samples of one step; with ``partners`` each is blended: ``share`` of itself, the rest of its partner."""
+    """The samples of one step; with ``partners`` each is blended: ``share`` of itself, the rest of its partner.
+
+    ``groups``: samples with equal numbers belong together (query, right passage, wrong ones), in their order.
+    """
 
     step: int
     positions: Array
+    groups: Array | None = None
     partners: Array | None = None
     share: float = 1.0
 
     def pieces(self, count: int) -> list[Draw]:
         """Cut for micro-batches; fewer than ``count`` where a piece would have less than two samples."""
         count = max(1, min(count, len(self.positions) // 2))
-        cuts = np.array_split(np.arange(len(self.positions)), count)
-        return [
-            replace(self, positions=self.positions[cut], partners=None if self.partners is None else self.partners[cut])
-            for cut in cuts
-        ]
+        return [self.among(cut) for cut in np.array_split(np.arange(len(self.positions)), count)]
+
+    def among(self, kept: Array) -> Draw:
+        """Some of the samples, by their places."""
+        groups, partners = (None if array is None else array[kept] for array in (self.groups, self.partners))
+        return replace(self, positions=self.positions[kept], groups=groups, partners=partners)
 
 
 class Stream:
     """The steps of every epoch, after all strategies that choose while training."""
 
     def __init__(
-        self, data: TrainingSet, config: DistilStage, seed: int, losses: Losses | None, agree: Callable[[Array], Array]
+        self,
+        data: TrainingSet,
+        config: DistilStage,
+        seed: int,
+        losses: Losses | None,
+        agree: Callable[[Array], Array],
+        groups: GroupOrder | None = None,
     ) -> None:
-        """``losses``: None for the null twin, which draws at random. ``agree``: the first process's choice for all."""
+        """``losses``: None for the null twin, which draws at random. ``agree``: the first process's choice for all.
+        ``groups``: batches hold whole groups; strategies that choose samples are not asked then.
+        """
+        self.groups = groups
         self._data, self._config, self._seed, self._losses, self._agree = data, config, seed, losses, agree
         find: dict[type, Any] = {type(strategy): strategy for strategy in config.strategy}
         self._select: Any = find.get(SelectStrategy)
@@ -55,7 +70,7 @@ class Stream:
         self._domains = domains(data, self._mix.by) if self._mix else []
         self.shares = np.array([len(part) for part in self._domains], dtype=np.float64) / max(1, len(data))
         self.size = config.batch if self._select is None else round(config.batch / (1 - self._select.discard))
-        self.steps = len(data.order(0, self.size, seed))
+        self.steps = len(data.order(0, self.size, seed) if groups is None else groups.order(0, config.batch, seed))
         self.forwards = 0  # samples the student was run on to choose, beyond those it was trained on
 
     def begin(self, epoch: int) -> None:
@@ -73,6 +88,9 @@ class Stream:
 
     def epoch(self, epoch: int, start: int) -> Iterator[Draw]:
         """The draws of an epoch from step ``start`` on."""
+        if self.groups is not None:
+            batches = self.groups.order(epoch, self._config.batch, self._seed)
+            return iter(Draw(step, *batches[step]) for step in range(start, len(batches)))
         order = self._order(epoch)
         draws: Iterator[Draw] = (Draw(step, order[step]) for step in range(start, len(order)))
         for strategy in self._config.strategy:

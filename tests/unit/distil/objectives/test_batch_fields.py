@@ -15,8 +15,8 @@ pytestmark = pytest.mark.train
 @pytest.mark.parametrize(
     ("table", "hint"),
     [
-        ({"use": "list-kl", "options": {"teacher": "offline"}}, "scores"),
-        ({"use": "similarity", "options": {"pairs": True}}, "groups"),
+        ({"use": "list-kl", "options": {"teacher": "offline"}}, "`data.score`"),
+        ({"use": "similarity", "options": {"pairs": True}}, "`data.text_pair`"),
         ({"use": "distillm2"}, "`rollouts` with `beside = true`"),
         ({"use": "alm"}, "further teacher with a tokenizer of its own"),
     ],
