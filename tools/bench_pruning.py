@@ -3,8 +3,8 @@
     python -m tools.bench_pruning relevance
     PYTHONPATH=<folder with torch_pruning 1.6.1> python -m tools.bench_pruning rival
 
-Torch-Pruning is not a dependency: `pip download --no-deps torch-pruning==1.6.1`, unpacked beside the project. Results are
-kept one by one in ``<work>/pruning.json``, so that an interrupted run goes on where it was. Each part prints its table.
+Torch-Pruning is not a dependency: `pip download --no-deps torch-pruning==1.6.1`, unpacked beside the project. Results
+are kept one by one in ``<work>/pruning.json``, so that an interrupted run goes on where it was.
 """
 
 from __future__ import annotations

@@ -174,7 +174,10 @@ def layer_cost(recipe: Recipe, profile: HardwareProfile) -> tuple[str, Callable[
     """Measured latency of layers where a profile is this machine's CPU, for pruning by latency; else None."""
     from targets.layer_cost import LayerCost
 
-    wanted = any(isinstance(stage, PruneStage) and stage.scope == "latency" for stage in recipe.stage)
+    wanted = any(
+        isinstance(stage, PruneStage) and stage.target_speedup is not None and stage.cost == "auto"
+        for stage in recipe.stage
+    )
     if not wanted or profile.here != "this-machine" or profile.target != "onnxruntime-cpu":
         return None
     threads = profile.runtime.threads

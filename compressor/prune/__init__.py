@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from compressor.prune.latency import Cost
+    from compressor.prune.sensitivity import Curve, Curves, Quality
 
 Batch = Mapping[str, "Tensor"]
 
@@ -75,6 +76,7 @@ def prune(
     seed: int = 0,
     repair: bool = True,
     cost: Cost | None = None,
+    curves: Curves | None = None,
 ) -> Pruned:
     """Cut ``module`` as ``config`` asks and return a new one.
 
@@ -82,7 +84,8 @@ def prune(
     times (a list or a data loader; a generator is read into memory). ``round_to`` is the device's channel multiple.
     With ``repair`` the removed units' mean contribution moves into the next bias, and batch-norm statistics are
     mended where that brings the outputs on calibration data nearer to the teacher's. ``cost`` prices a layer's shape
-    for the scope ``latency``; multiply-accumulates where it is left out.
+    for the scopes ``latency`` and ``sensitivity``; multiply-accumulates where it is left out.
+    ``curves`` are those of :func:`sensitivity_of`, for the scope ``sensitivity``.
 
     Raises :class:`PlanError` for what :func:`check` finds, :class:`StageError` when activation importance has no data.
     """
@@ -92,7 +95,7 @@ def prune(
     _require(module, example, config, batches)
     before = count_parameters(module), count_macs(module, example)
     work, record, facts = _drop_layers(module, example, config, batches, seed)
-    made = _cut_width(work, example, config, batches, (round_to, seed, repair, cost))
+    made = _cut_width(work, example, config, batches, _How(round_to, seed, repair, cost, curves))
     after = count_parameters(made.module), count_macs(made.module, example)
     return Pruned(
         module=made.module,
@@ -184,6 +187,57 @@ def _least(influence: Mapping[tuple[str, int], float], spare: dict[str, int], co
 
 
 @dataclass(frozen=True)
+class _How:
+    round_to: int
+    seed: int
+    repair: bool
+    cost: Cost | None
+    curves: Curves | None
+
+
+def _budgeted(
+    work: nn.Module, example: Batch, config: PruneStage, chosen: Sequence[Any], scores: Any, how: _How
+) -> dict[str, float]:
+    """Units per group under the budget of the scopes ``latency`` and ``sensitivity``."""
+    from compressor.prune.latency import CostTable, relative_importance, widths
+    from compressor.prune.sensitivity import loss_of
+
+    loss = relative_importance
+    if config.scope == "sensitivity":
+        if how.curves is None:
+            raise StageError("the scope `sensitivity` needs curves measured on validation, and there are none")
+        loss = loss_of(how.curves)
+    table = CostTable(work, example, chosen, how.cost if config.cost == "auto" else None)
+    return widths(chosen, scores, config, how.round_to, table, loss)
+
+
+def sensitivity_of(
+    module: nn.Module,
+    example: Batch,
+    config: PruneStage,
+    calibration: Iterable[Batch],
+    quality: Quality,
+    *,
+    seed: int = 0,
+) -> dict[str, Curve]:
+    """For every group that ``config`` may cut, the score it loses on validation at some shares of its units.
+
+    Layers that ``config`` drops are dropped first. ``quality`` scores a module on validation, higher is better. Raises
+    as :func:`prune` does.
+    """
+    from compressor.models.structure.scores import score
+    from compressor.models.structure.units import find_groups
+    from compressor.prune.choose import candidates
+    from compressor.prune.sensitivity import measure
+
+    batches = calibration if not hasattr(calibration, "__next__") else list(calibration)
+    _require(module, example, config, batches)
+    work, _, _ = _drop_layers(module, example, config, batches, seed)
+    groups = candidates(find_groups(work, example), config)
+    return measure(work, groups, score(work, groups, config.importance, batches, seed), quality)
+
+
+@dataclass(frozen=True)
 class _Width:
     module: nn.Module
     masked: nn.Module
@@ -196,32 +250,23 @@ def _cut_width(
     example: Batch,
     config: PruneStage,
     batches: Iterable[Batch],
-    how: tuple[int, int, bool, Cost | None],
+    how: _How,
 ) -> _Width:
     from compressor.models.structure.scores import score
     from compressor.models.structure.surgery import commit
     from compressor.models.structure.units import find_groups
     from compressor.prune.choose import candidates, choose
     from compressor.prune.facts import group_facts
-    from compressor.prune.latency import CostTable, widths
 
-    round_to, seed, repair, cost = how
     groups = find_groups(work, example)
     chosen = candidates(groups, config)
-    scores = score(
-        work,
-        chosen,
-        config.importance,
-        batches if repair or needs_data(config.importance) else (),
-        seed,
-    )
-    sizes = None
-    if config.scope == "latency":
-        sizes = widths(chosen, scores, config, round_to, CostTable(work, example, chosen, cost))
-    cuts = choose(chosen, scores, config, round_to, sizes)
+    data = batches if how.repair or needs_data(config.importance) else ()
+    scores = score(work, chosen, config.importance, data, how.seed)
+    sizes = _budgeted(work, example, config, chosen, scores, how) if config.target_speedup is not None else None
+    cuts = choose(chosen, scores, config, how.round_to, sizes)
     committed = commit(work, cuts, example)
     facts = group_facts(groups, cuts, committed.refused, scores, config)
-    if not repair:
+    if not how.repair:
         return _Width(committed.module, committed.masked, committed.record, facts)
     kept = [cut for cut in cuts if cut.group.name not in committed.refused]
     return _repair(work, kept, (committed.record, facts), batches, scores.means)
@@ -251,4 +296,4 @@ def _repair(
     return _Width(student, masked, record, facts)
 
 
-__all__ = ["Pruned", "check", "prune"]
+__all__ = ["Pruned", "check", "prune", "sensitivity_of"]

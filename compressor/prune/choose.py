@@ -19,7 +19,7 @@ FLOOR = 0.1  # global scope leaves at least this share of every group, so that n
 def ratio_for(config: PruneStage, kind: str) -> float:
     """The share of units of this kind to remove (with the scope latency: at most); hidden width is not cut here."""
     own: float | None = getattr(config, kind, None) if kind in KINDS else 0.0
-    if own is None and config.ratio is None and config.scope == "latency":
+    if own is None and config.ratio is None and config.target_speedup is not None:
         return 1 - FLOOR  # the most that may go
     return float(own if own is not None else (config.ratio or 0.0))
 
@@ -61,11 +61,11 @@ def choose(
 ) -> list[Cut]:
     """One cut a group; groups that lose nothing are left out. Ties keep the earlier unit.
 
-    ``widths`` (units per group) are those of the scope ``latency``, which needs a table of costs.
+    ``widths`` (units per group) are those of the scopes that have a budget, which need a table of costs.
     """
     wanted = widths
-    if wanted is None and config.scope == "latency":
-        raise StageError("the scope `latency` needs a table of costs, which this kind of model has not here")
+    if wanted is None and config.target_speedup is not None:
+        raise StageError(f"the scope `{config.scope}` needs a table of costs, which this kind of model has not here")
     if wanted is None:
         wanted = _uniform(groups, config) if config.scope == "uniform" else _global(groups, scores, config)
     cuts = []
@@ -117,7 +117,7 @@ def problems_of(groups: Sequence[Group], modules: Sequence[str], config: PruneSt
         problems.append(Problem("ratio", f"matches nothing: {_why_none(groups, None)}"))
     for group in chosen:
         ratio = ratio_for(config, group.kind)
-        if config.scope != "latency" and would_empty(group, ratio):
+        if config.target_speedup is None and would_empty(group, ratio):
             where = group.kind if getattr(config, group.kind) is not None else "ratio"
             what = f"{ratio:g} would empty `{group.name}`, which has {group.units} {group.kind}; lower it or protect it"
             problems.append(Problem(where, what))

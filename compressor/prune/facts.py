@@ -31,7 +31,8 @@ def group_facts(
             method = scores.notes.get(group.name, scores.method)
             how = f"{config.scope} ratio {ratio_for(config, group.kind):g}"
             if config.target_speedup is not None:
-                how = f"least importance per saved cost until {config.target_speedup:g}x"
+                lost = "accuracy on validation" if config.scope == "sensitivity" else "importance"
+                how = f"least {lost} lost per saved cost until {config.target_speedup:g}x"
             reason = f"importance: {method}; {how}"
         else:
             after, action = before, "kept"
@@ -49,6 +50,6 @@ def why_kept(group: Group, config: PruneStage) -> str:
         return "; ".join((*group.hard, *group.soft))
     if not ratio_for(config, group.kind):
         return f"no ratio was asked for {group.kind}"
-    if config.scope == "latency":
+    if config.target_speedup is not None:
         return "other layers lose less for what they save"
     return "rounding to the device's multiple leaves it whole"

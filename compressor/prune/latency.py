@@ -139,13 +139,27 @@ def _is_layer(part: nn.Module) -> bool:
     return linear or isinstance(part, nn.modules.conv._ConvNd)
 
 
-def widths(
-    groups: Sequence[Group], scores: Scores, config: PruneStage, round_to: int, table: CostTable
-) -> dict[str, float]:
-    """Units per group that reach ``target_speedup``: each time the step that loses least importance per saved cost.
+Loss = Callable[[Group, Floats, int, int], float]
 
-    What a step loses counts relative to what its layer still has, so that the product of the layers' kept shares is
-    what the budget buys. Counted absolutely, the dearest layer would shrink to its floor before any other was touched.
+
+def relative_importance(_: Group, ranked: Floats, now: int, then: int) -> float:
+    """What a step from ``now`` units to ``then`` loses of what the layer still has (``ranked`` scores descend).
+
+    So the product of the layers' kept shares is what the budget buys. Counted absolutely, the dearest layer would
+    shrink to its floor before any other was touched.
+    """
+    return float(ranked[then:now].sum() / max(ranked[:now].sum(), 1e-30))
+
+
+def widths(
+    groups: Sequence[Group],
+    scores: Scores,
+    config: PruneStage,
+    round_to: int,
+    table: CostTable,
+    loss: Loss = relative_importance,
+) -> dict[str, float]:
+    """Units per group that reach ``target_speedup``: each time the step with the least ``loss`` per saved cost.
 
     Raises:
         StageError: the speed-up cannot be reached with the floors of every group.
@@ -156,7 +170,7 @@ def widths(
     ranked = {group.name: np.sort(scores.units[group.name])[::-1] for group in groups}
     while table.total() > wanted:
         best = min(
-            (step for group in groups for step in _steps(group, ranked[group.name], config, round_to, table)),
+            (step for group in groups for step in _steps(group, ranked[group.name], config, round_to, table, loss)),
             default=None,
         )
         if best is None:
@@ -171,18 +185,18 @@ def widths(
 
 
 def _steps(
-    group: Group, ranked: Floats, config: PruneStage, round_to: int, table: CostTable
+    group: Group, ranked: Floats, config: PruneStage, round_to: int, table: CostTable, loss: Loss
 ) -> Iterator[tuple[float, str, int]]:
-    """(importance lost per saved cost, group, width) of every smaller width that saves something.
+    """(loss per saved cost, group, width) of every smaller width that saves something.
 
     All of them, because a kernel that works on blocks of 16 saves nothing, or loses, at the next multiple of 8.
     """
     now = table.units[group.name]
-    then, left = next_width(group, now, config, round_to), float(ranked[:now].sum())
+    then = next_width(group, now, config, round_to)
     while then is not None:
         saved = table.saved(group, then)
         if saved > 0:
-            yield float(ranked[then:now].sum()) / max(left, 1e-12) / saved, group.name, then
+            yield loss(group, ranked, now, then) / saved, group.name, then
         then = next_width(group, then, config, round_to)
 
 
@@ -202,7 +216,7 @@ def problems_of(
     module: nn.Module, example: Mapping[str, Tensor], groups: Sequence[Group], config: PruneStage
 ) -> list[Problem]:
     """Is the speed-up possible at all, by multiply-accumulates and with no rounding?"""
-    if config.scope != "latency" or config.target_speedup is None:
+    if config.target_speedup is None:
         return []
     if not groups:
         return [Problem("scope", "matches nothing: the model has no units that could go")]

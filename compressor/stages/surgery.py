@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from compressor.ledger import StageOutput, code_digest
 from compressor.recipe import PruneStage, StudentStage
 from compressor.stages.run import Line, Run
+
+CURVES_FILE = "curves.json"
 
 
 def surgery(run: Run, line: Line, stage: StudentStage | PruneStage) -> Line:
@@ -18,7 +21,7 @@ def surgery(run: Run, line: Line, stage: StudentStage | PruneStage) -> Line:
         "calibration": run.data.digests["calibration"],
         "round_to": _multiple(run, stage),
         "seed": run.recipe.seed,
-        **({"cost": run.cost_name} if isinstance(stage, PruneStage) and stage.scope == "latency" else {}),
+        **({"cost": run.cost_name} if isinstance(stage, PruneStage) and stage.target_speedup is not None else {}),
         "code": code_digest(
             "prune",
             "students",
@@ -27,6 +30,9 @@ def surgery(run: Run, line: Line, stage: StudentStage | PruneStage) -> Line:
             "models/structure",
             "models/vocabulary",
             "models/lowrank",
+            "models/patterns",
+            "models/sparse",
+            "masks",
         ),
     }
     result = run.ledger.stage(stage.kind, key, lambda folder: _cut(run, line, stage, folder))
@@ -43,7 +49,14 @@ def _cut(run: Run, line: Line, stage: StudentStage | PruneStage, folder: Path) -
     from compressor.models.rebuild import save_student
 
     module, example = line.load(), run.tensors(run.samples("calibration", 2))
+    metrics: dict[str, float | int | str]
     match stage:
+        case PruneStage() if stage.zeros is not None:
+            from compressor.prune.sparsity import sparsify
+
+            sparse = sparsify(module, stage)
+            metrics = {"masked_weights": sparse.weights, "zeros": sparse.zeros}
+            made, record, facts = sparse.module, sparse.record, sparse.facts
         case PruneStage():
             from compressor.prune import prune
 
@@ -55,6 +68,7 @@ def _cut(run: Run, line: Line, stage: StudentStage | PruneStage, folder: Path) -
                 round_to=_multiple(run, stage),
                 seed=run.recipe.seed,
                 cost=run.cost,
+                curves=_curves(run, line, stage) if stage.scope == "sensitivity" else None,
             )
             metrics = {
                 "parameters_before": done.parameters_before,
@@ -78,3 +92,28 @@ def _cut(run: Run, line: Line, stage: StudentStage | PruneStage, folder: Path) -
             metrics = {"parameters_after": sum(p.numel() for p in made.parameters())}
     save_student(folder, made, [*line.record, *record])
     return StageOutput(metrics, facts)
+
+
+def _curves(run: Run, line: Line, stage: PruneStage) -> Any:
+    """Sensitivity of every group, a stage of its own: another budget reads it back."""
+    from compressor.prune import sensitivity_of
+    from compressor.prune.sensitivity import as_json, from_json
+
+    budget = {"target_speedup", "cost", "round_to", "rounds"}
+    key = {
+        "previous": line.key,
+        "config": stage.model_dump(mode="json", exclude=budget),
+        "calibration": run.data.digests["calibration"],
+        "validation": run.data.digests["validation"],
+        "seed": run.recipe.seed,
+        "code": code_digest("prune", "evaluate", "models/structure"),
+    }
+
+    def work(folder: Path) -> StageOutput:
+        example, data = run.tensors(run.samples("calibration", 2)), run.calibration_tensors(512)
+        curves = sensitivity_of(line.load(), example, stage, data, run.validation_score, seed=run.recipe.seed)
+        (folder / CURVES_FILE).write_text(json.dumps(as_json(curves), indent=1))
+        return StageOutput({"groups": len(curves)})
+
+    result = run.ledger.stage("sensitivity", key, work)
+    return from_json(json.loads((result.folder / CURVES_FILE).read_text()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from torch import nn  # noqa: E402
 from compressor.errors import PlanError, StageError  # noqa: E402
 from compressor.models.cost import count_macs  # noqa: E402
 from compressor.models.structure.units import find_groups  # noqa: E402
-from compressor.prune import check, prune  # noqa: E402
+from compressor.prune import check, prune, sensitivity_of  # noqa: E402
 from compressor.prune.choose import candidates  # noqa: E402
 from compressor.prune.latency import CostTable, LayerShape, layer_shapes, macs_of  # noqa: E402
+from compressor.prune.sensitivity import as_json, from_json, lost_at  # noqa: E402
 from compressor.recipe import PruneStage  # noqa: E402
 from targets.layer_cost import LayerCost, layer_model  # noqa: E402
 from tests.unit.prune.topologies import build, images  # noqa: E402
@@ -118,3 +120,32 @@ def test_measured_layers_run(shape: LayerShape) -> None:
     ticks = iter(np.arange(0, 1000, 0.001))
     found = LayerCost(clock=lambda: float(next(ticks)))(shape)
     assert 0 < found < 10
+
+
+def test_sensitivity_spares_the_group_that_costs_accuracy() -> None:
+    """Two layers of one shape; the quality that is measured looks at the first one only."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16)).eval()
+
+    def quality(each: nn.Module) -> float:
+        return float((each[0].weight.abs().sum(dim=1) > 0).sum()) / 64
+
+    config = stage(2.0).model_copy(update={"scope": "sensitivity"})
+    curves = sensitivity_of(module, BATCH, config, [], quality)
+    assert curves["0"] == [(64, 0.0), (48, 0.25), (32, 0.5), (16, 0.75)]
+    assert curves["2"] == [(64, 0.0), (48, 0.0), (32, 0.0), (16, 0.0)]
+    assert lost_at(curves["0"], 40) == pytest.approx(0.375)
+    assert lost_at(curves["0"], 8) == pytest.approx(0.875)
+    assert from_json(json.loads(json.dumps(as_json(curves)))) == curves
+    made = prune(module, BATCH, config, [], curves=curves)
+    assert (made.module[0].out_features, made.module[2].out_features < 32) == (64, True)
+    assert made.macs_before / made.macs_after >= 2.0
+    with pytest.raises(StageError, match="needs curves"):
+        prune(module, BATCH, config, [])
+
+
+def test_balance_instead_of_a_bottleneck() -> None:
+    """Equal layers share a cut: none of them is emptied before the others."""
+    made = prune(two(), BATCH, stage(3.0), [])
+    sizes = (made.module[0].out_features, made.module[2].out_features)
+    assert min(sizes) > 20
