@@ -129,6 +129,6 @@ class CoFi(Frozen):
     def _goes_together(self) -> CoFi:
         if self.start + self.ramp > 1:
             raise ValueError("`start` and `ramp` are fractions of one run: their sum must not be above 1")
-        if not set(self.masks) - {"layers"}:
-            raise ValueError("name at least one kind of unit besides `layers` in `masks`")
+        if not set(self.masks) & {"heads", "neurons", "channels"}:
+            raise ValueError("name `heads`, `neurons` or `channels` among the `masks`")
         return self

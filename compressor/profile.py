@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from compressor.config import Frozen, read_toml, suggestion, validate
 from compressor.errors import ConfigError
+from compressor.masks import Pattern
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -74,6 +75,13 @@ class Constraints(Frozen):
     static_shapes: bool = False
 
 
+class SparsityRules(Frozen):
+    """Which zeros make a model faster on the target as this tool builds for it."""
+
+    faster: tuple[Pattern, ...] = ()  # patterns that its kernels, or its weight decoder, skip
+    why: str = ""  # one sentence: where the gain comes from, or why there is none
+
+
 class HardwareProfile(Frozen):
     """A device: data with a source for every figure."""
 
@@ -86,6 +94,7 @@ class HardwareProfile(Frozen):
     runtime: Runtime = Runtime()
     constraints: Constraints = Constraints()
     quantization: QuantizationRules = QuantizationRules()
+    sparsity: SparsityRules = SparsityRules()
     options: dict[str, Any] = {}  # the back end's own settings, checked by the back end
     sources: tuple[Source, ...] = ()
 

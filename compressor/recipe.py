@@ -14,7 +14,7 @@ from compressor.config import Frozen, read_toml, validate
 from compressor.language import LoRA, Rollouts, Sequences
 from compressor.masks import CoFi, Masks, Pattern, Sparsity, Zeros, given_zeros
 from compressor.schedule import LabelWeight, Option, Weight
-from compressor.strategy import Strategy
+from compressor.strategy import Negatives, Strategy
 from compressor.types import Task
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
@@ -188,7 +188,7 @@ class StudentStage(Frozen):
 
 
 class PruneStage(Frozen):
-    """Cut channels, heads, neurons or layers away for good. Ratios are fractions removed."""
+    """Cut channels, heads, neurons or layers away for good, or make weights zero. Ratios are fractions removed."""
 
     kind: Literal["prune"]
     ratio: Ratio | None = None  # of every kind of unit that is not named below
@@ -204,9 +204,24 @@ class PruneStage(Frozen):
     rounds: Annotated[int, Field(ge=1)] = 1  # cut in so many steps, with a part of the next distil stage after each
     round_to: Annotated[int, Field(ge=1)] | None = None  # channel multiple; the profile's when left out
     protect: tuple[str, ...] = ()  # module name patterns (fnmatch) that are never cut
+    sparsity: Sparsity | None = None  # share of every layer's weights that becomes zero; nothing is cut then
+    pattern: Pattern | None = None  # of the zeros: `unstructured` (when left out), `2:4` or another N:M, `block`
+    block: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (1, 4)  # outputs x inputs
+
+    @property
+    def zeros(self) -> Zeros | None:
+        """The zeros that the stage asks for instead of a cut."""
+        return given_zeros(self.sparsity, self.pattern, self.block, "global" if self.scope == "global" else "uniform")
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> PruneStage:
+        if self.zeros is not None:
+            other = set(self.model_fields_set) - {"kind", "sparsity", "pattern", "block", "scope", "protect"}
+            if other - {"importance"} or self.scope not in ("uniform", "global"):
+                raise ValueError("`sparsity` and `pattern` make zeros and cut nothing: give the cut a stage of its own")
+            if "importance" in other and self.importance != "magnitude":
+                raise ValueError("zeros are chosen by `importance = \"magnitude\"`")
+            return self
         if (self.scope in ("latency", "sensitivity")) != (self.target_speedup is not None):
             raise ValueError('`scope = "latency"` or `"sensitivity"` and `target_speedup` need each other')
         wishes = (self.ratio, self.channels, self.heads, self.neurons, self.experts, self.layers, self.target_speedup)
@@ -227,7 +242,8 @@ class DistilStage(Frozen):
     warmup: Ratio = 0.1
     schedule: Literal["cosine", "linear", "constant", "one-cycle"] = "cosine"
     clip: Positive | None = 1.0
-    labels: LabelWeight = 0.5  # weight of cross-entropy with the labels; a number, or a schedule
+    labels: LabelWeight = 0.5  # weight of cross-entropy with the labels: a number, a schedule, or `"estimate"`
+    rounds: Annotated[int, Field(ge=1)] = 1  # self-distillation: each further round learns from the one before
     objective: tuple[ObjectiveConfig, ...] = (ObjectiveConfig(use="kd", weight=0.5, options={"temperature": 2.0}),)
     augment: tuple[Literal["flip", "shift", "erase", "token-drop"], ...] = ()
     views: Annotated[int, Field(ge=1)] = 1  # fixed augmented views a sample; the teacher is cached per view
@@ -243,11 +259,21 @@ class DistilStage(Frozen):
     checkpoint_activations: bool = False  # compute activations twice instead of keeping them
     data: Literal["all", "train", "transfer"] = "all"  # which samples the stage sees
     strategy: tuple[Strategy, ...] = ()  # data strategies, in order
+    negatives: Negatives | None = None  # retrieval: wrong passages in a batch; those of the data when left out
     rollouts: Rollouts | None = None  # causal language models: the student writes, the teacher judges
     sequences: Sequences | None = None  # causal language models: learn from text that the teacher wrote
     lora: LoRA | None = None  # train low-rank additions to the weights only
     masks: Masks | None = None  # zeros that grow while it trains
     cofi: CoFi | None = None  # masks that learn which units go
+
+    @model_validator(mode="after")
+    def _one_kind_of_masks(self) -> DistilStage:
+        given = [name for name in ("masks", "cofi", "lora") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"`{given[0]}` and `{given[1]}` do not go together: give each a stage of its own")
+        if self.cofi is not None and self.patience is not None:
+            raise ValueError("`cofi` settles its masks at the end of the stage: leave `patience` out")
+        return self
 
 
 Correction = Literal["equalise", "smooth", "bias"]

@@ -12,21 +12,26 @@ from compressor.cli.seeds import seed_problems
 from compressor.cli.teachers import bank_lines, offered, open_panel, reading_problems
 from compressor.config import validate
 from compressor.data.raw import RawData
-from compressor.data.types import DataBundle
+from compressor.data.types import DataBundle, labelled
 from compressor.distil.panel import Panel
 from compressor.errors import ConfigError, PlanError, Problem, ProblemList
 from compressor.models.types import LoadedModel
 from compressor.plan import Plan, TargetView, channel_multiple, profile_plan, recipe_problems, steps_of, task_problems
 from compressor.profile import HardwareProfile, load_profile
+from compressor.profit import sparsity_notes, sparsity_problems
 from compressor.recipe import DistilStage, PruneStage, Recipe, StudentStage, load_recipe
-from compressor.types import EMBEDDING, MULTI_LABEL
+from compressor.types import EMBEDDING, MULTI_LABEL, TEXT2TEXT
 
-TEXT_TASKS = EMBEDDING | {
-    "text-classification",
-    "multi-label-text-classification",
-    "token-classification",
-    "causal-lm",
-}
+TEXT_TASKS = (
+    EMBEDDING
+    | TEXT2TEXT
+    | {
+        "text-classification",
+        "multi-label-text-classification",
+        "token-classification",
+        "causal-lm",
+    }
+)
 IMPORT_STRING = re.compile(r"[A-Za-z_][\w]*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -135,6 +140,11 @@ def _text_stages(model: LoadedModel) -> list[dict[str, Any]]:
     if model.task == "causal-lm":
         distil |= {"objective": [{"use": "kd", "weight": 0.5, "options": {"temperature": 1.0}}]}
         return [{"kind": "student", "keep_layers": max(1, layers // 2)}, distil]
+    if model.task in TEXT2TEXT:
+        distil |= {"objective": [{"use": "kd", "weight": 0.5, "options": {"temperature": 1.0}}]}
+        encoder = max(0, available(model.module).get("encoder.hidden", 1) - 1)
+        keep = {"keep_layers": max(1, encoder // 2), "decoder_layers": max(1, layers // 2)}
+        return [{"kind": "student", **keep}, distil]
     if model.task not in EMBEDDING:
         distil["objective"] = [{"use": "multi-label"} if model.task in MULTI_LABEL else kd, hidden]
     else:
@@ -161,6 +171,7 @@ def open_session(request: Request) -> Session:
     )
     recipe = default_stages(recipe, model)
     problems = recipe_problems(recipe, model.kind, _objective_names())
+    problems += sparsity_problems(recipe, profiles)
     problems += task_problems(recipe, model.task, _positions(model))
     data: DataBundle | None = None
     panel: Panel | None = None
@@ -187,10 +198,9 @@ def open_session(request: Request) -> Session:
     plan = _plan(recipe, profiles, model, data, target_views(profile.target for profile in profiles))
     plan = replace(plan, steps=(plan.steps[0], told, *plan.steps[1:])) if told else plan
     if request.seeds > 1:
-        last = recipe.seed + request.seeds - 1
-        more = (
-            f"student and null twin again with the seeds {recipe.seed + 1} to {last}: trained and scored, not shipped"
-        )
+        first, last = recipe.seed + 1, recipe.seed + request.seeds - 1
+        which = f"seed {first}" if first == last else f"seeds {first} to {last}"
+        more = f"student and null twin again with {which}: trained and scored, not shipped"
         plan = replace(plan, steps=(*plan.steps, more))
     banks = bank_lines(panel, model, recipe, data, request.out / "cache" / "teacher")
     return Session(request, recipe, profiles, model, data, replace(plan, banks=banks), panel, original)
@@ -210,7 +220,8 @@ def _positions(model: LoadedModel) -> int | None:
     """The longest text of a language model with position embeddings or a stated limit."""
     config = getattr(getattr(model.module, "model", None), "config", None)
     found = getattr(config, "max_position_embeddings", None)
-    return found if model.task == "causal-lm" and isinstance(found, int) else None
+    writes = model.task == "causal-lm" or model.task in TEXT2TEXT
+    return found if writes and isinstance(found, int) else None
 
 
 def _load_profiles(recipe: Recipe) -> tuple[HardwareProfile, ...]:
@@ -250,6 +261,7 @@ def _module_problems(recipe: Recipe, model: LoadedModel, data: DataBundle, panel
     from compressor import prune, students
     from compressor.distil.changes import stage_problems
     from compressor.distil.fit import fit_problems
+    from compressor.distil.masks import mask_problems
     from compressor.distil.processes import launched
     from compressor.distil.terms import check, offered_fields
     from compressor.models.signals import available
@@ -266,7 +278,8 @@ def _module_problems(recipe: Recipe, model: LoadedModel, data: DataBundle, panel
             found = check_cut(model.module, example, stage)
             problems += [Problem(f"{where}.{item.where}".rstrip("."), item.what) for item in found]
         elif isinstance(stage, DistilStage):
-            fields = offered_fields(stage, panel)
+            fields = offered_fields(stage, panel, getattr(data.splits["train"], "groups", None))
+            problems += mask_problems(stage, where, model.module, example)
             wrong = check(stage, signals, taught, where, launched(), fields)
             problems += wrong or reading_problems(panel, model, stage, taught, where)
             problems += [] if wrong else stage_problems(stage, model.module, taught, where, fields)
@@ -311,7 +324,7 @@ def _plan(
         "classes": str(len(model.labels)) if model.labels else "-",
     }
     sizes = {name: len(split) for name, split in data.splits.items()}
-    warnings = _warnings(recipe, model, data)
+    warnings = _warnings(recipe, model, data) + sparsity_notes(recipe, profiles)
     return Plan(
         recipe,
         profiles,
@@ -381,6 +394,6 @@ def _warnings(recipe: Recipe, model: LoadedModel, data: DataBundle) -> tuple[str
     found += _pass_notes(recipe)
     if recipe.null_twin and not any(isinstance(stage, DistilStage) for stage in recipe.stage):
         found.append("no null twin: nothing is trained in this recipe")
-    elif recipe.null_twin and data.splits["train"].labels is None:
+    elif recipe.null_twin and not labelled(data):
         found.append("no null twin: there are no labels that it could learn from")
     return tuple(found)

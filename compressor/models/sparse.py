@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.masks import Zeros
+from compressor.errors import Problem
+from compressor.masks import UNSTRUCTURED, Zeros
 from compressor.models.patterns import Axes, kept, why_not
 from compressor.types import LayerFact
 
@@ -135,3 +136,18 @@ def mask_facts(module: nn.Module, before: Mapping[str, float], found: Maskable, 
         for name in found.axes
     ]
     return facts + [LayerFact("prune", layer, "kept", "dense", "dense", why) for layer, why in found.dense.items()]
+
+
+def problems_of(module: nn.Module, zeros: Zeros, protect: Sequence[str]) -> list[Problem]:
+    """Why these zeros cannot be made in ``module``; ``where`` is the key inside the stage."""
+    names = [name for name, _ in module.named_modules() if name]
+    wrong = [
+        Problem(f"protect.{number}", f"`{pattern}` matches no module; one of {', '.join(names[:8])} ...")
+        for number, pattern in enumerate(protect)
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+    found = maskable(module, zeros, protect)
+    if not found.axes:
+        reasons = "; ".join(sorted(set(found.dense.values()))) or "the model has no linear layer and no convolution"
+        wrong.append(Problem("pattern" if zeros.pattern != UNSTRUCTURED else "sparsity", f"matches nothing: {reasons}"))
+    return wrong

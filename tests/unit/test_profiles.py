@@ -38,9 +38,10 @@ def test_profile_is_valid_and_bears_its_file_name(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_figure_is_covered_by_a_source(name):
-    """What the file states (not what was detected) about processor and memory must be cited."""
+    """What the file states (not what was detected) about processor, memory and sparsity must be cited."""
     data = tomllib.loads((FOLDER / f"{name}.toml").read_text())
     stated = {f"{table}.{key}" for table in ("compute", "memory") for key in data.get(table, {})}
+    stated |= {"sparsity.faster"} if "sparsity" in data else set()
     sources = data.get("sources", [])
     covered = {figure for source in sources for figure in source["figures"]}
     assert stated <= covered

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from compressor.distil.masks.base import Masking, NoMasking
+from compressor.errors import Problem
 from compressor.recipe import DistilStage
 
 if TYPE_CHECKING:
@@ -30,3 +32,32 @@ def masking_of(
     if config.masks is not None or any(True for _ in masked(student)):
         return KeptZeros(student, config.masks)
     return NoMasking()
+
+
+def mask_problems(stage: DistilStage, where: str, module: nn.Module, example: Mapping[str, Tensor]) -> list[Problem]:
+    """What keeps the masks of a stage from being made, seen on the teacher; ``where`` is the stage's key."""
+    if stage.masks is not None:
+        from compressor.models.sparse import problems_of
+
+        found = problems_of(module, stage.masks.zeros, stage.masks.protect)
+        return [Problem(f"{where}.masks.{item.where}", item.what) for item in found]
+    if stage.cofi is None:
+        return []
+    from compressor.distil.masks.gates import plan_gates
+    from compressor.models.structure.surgery import FORWARD_ERRORS
+
+    names = [name for name, _ in module.named_modules() if name]
+    problems = [
+        Problem(f"{where}.cofi.protect.{number}", f"`{pattern}` matches no module")
+        for number, pattern in enumerate(stage.cofi.protect)
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+    try:
+        plan = plan_gates(module, example, stage.cofi)
+    except FORWARD_ERRORS as error:
+        text = f"the model cannot be followed on its example input: {type(error).__name__}: {error}"
+        return [*problems, Problem(f"{where}.cofi", text)]
+    if not plan.counted:
+        reasons = "; ".join(sorted(set(plan.notes.values()))) or "the model has no units that could go"
+        problems.append(Problem(f"{where}.cofi.masks", f"matches nothing: {reasons}"))
+    return problems
