@@ -67,3 +67,25 @@ def test_a_wrong_question_is_refused(words, key) -> None:
     with pytest.raises(ConfigError) as caught:
         facts_of(*words, HERE)
     assert caught.value.problems[0].where == key
+
+
+def test_a_transformer_of_known_depth_loses_half_of_its_layers() -> None:
+    found = recommend(facts_of("text-classification", 2, 7172, 13_239, "transformer", HERE, 6))
+    assert [stage.kind for stage in found.recipe.stage] == ["student", "distil", "quantize"]
+    assert "13,239 unlabelled" in " ".join(found.reasons)
+    assert "unlabelled" not in " ".join(
+        recommend(facts_of("text-classification", 2, 7172, 0, "transformer", HERE, 6)).reasons
+    )
+    with pytest.raises(ConfigError, match="belongs to a transformer"):
+        facts_of("image-classification", 10, 500, 0, "cnn", HERE, 6)
+
+
+def test_the_proven_recipe_is_the_recommended_one() -> None:
+    from pathlib import Path
+
+    from compressor.recipe import load_recipe
+
+    proven = load_recipe(Path(__file__).parents[2] / "recipes" / "movie-reviews-3-layers.toml")
+    found = recommend(facts_of("text-classification", 2, 7172, 13_239, "transformer", HERE, 6)).recipe
+    ours = proven.model_dump(exclude={"name", "data"}) | {"teacher": proven.teacher.model_dump(exclude={"model"})}
+    assert ours == found.model_dump(exclude={"name", "data"}) | {"teacher": found.teacher.model_dump(exclude={"model"})}
