@@ -3,7 +3,7 @@
     python -m tools.bench_methods [ROW ...] [--seeds 5] [--work build/methods] [--out docs/evidence/methods.md] [--list]
 
 Both arms of a row share student, samples, order and steps, and the initial weights unless these are the claim. Each
-arm's learning rate is the best of the same three on validation, with a seed that is not one of the five; everything
+arm's learning rate is the better of the same two on validation, with a seed that is not one of the five; everything
 else was fixed in advance. The test samples only score. Every finished (arm, seed) is kept under ``--work``: a bench
 that was killed goes on where it stood, and a row is printed as soon as it is known.
 

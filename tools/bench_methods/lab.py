@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ BATCH = {"vision": 64, "text": 32}
 
 class Fixture(Protocol):
     """Data, teachers and students of one domain."""
+
+    transient: bool  # students are not kept once they have a score
 
     def student(self, arm: Arm, seed: int, trained: Callable[[Arm, int], nn.Module]) -> nn.Module:
         """A fresh student; ``trained`` gives the student of another arm."""
@@ -65,6 +68,7 @@ class Lab:
             began = time.process_time()
             found = dict(self.fixture.scores(self.trained(arm, seed), arm))
             self.store.put(arm, "seeds", str(seed), found | {"cpu_seconds": round(time.process_time() - began, 1)})
+            self._forget(arm, seed, self.rate(arm))
             self.told(f"{arm.key} seed {seed}: {found}")
         return found
 
@@ -78,6 +82,7 @@ class Lab:
             if found is None:
                 found = {"validation": self.fixture.held_out(self._train(arm, TUNING_SEED, rate), arm)}
                 self.store.put(arm, "tuning", str(rate), found)
+                self._forget(arm, TUNING_SEED, rate)
             held[rate] = found["validation"]
         return max(held, key=lambda rate: held[rate])
 
@@ -99,7 +104,7 @@ class Lab:
             self.fixture.bundle(arm),
             DistilStage.model_validate(keys | dict(arm.stage)),
             seed=seed,
-            work=self.folder / f"{arm.key}-{seed}-{rate:g}",
+            work=self._work(arm, seed, rate),
             bank=self.folder / "bank",
             teacher_digest=f"{arm.bench}-{arm.teacher}",
             signals={},
@@ -107,3 +112,10 @@ class Lab:
             panel=self.fixture.panel(arm.teacher) if arm.teacher else None,
         )
         return module.eval()
+
+    def _work(self, arm: Arm, seed: int, rate: float) -> Path:
+        return self.folder / f"{arm.key}-{seed}-{rate:g}"
+
+    def _forget(self, arm: Arm, seed: int, rate: float) -> None:
+        if self.fixture.transient:
+            shutil.rmtree(self._work(arm, seed, rate), ignore_errors=True)

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tools.bench_methods import rows as pictures
+from tools.bench_methods import text, text_rows
 from tools.bench_methods.arms import Row
 from tools.bench_methods.lab import Lab
 from tools.bench_methods.store import Store
+from tools.bench_methods.text import Text
 from tools.bench_methods.verdicts import interval, verdict
 from tools.bench_methods.vision import Vision
 
@@ -19,7 +21,7 @@ HEAD = "| row | claim | ours | twin | difference | wins | 90 % interval | verdic
 
 def rows() -> dict[str, Row]:
     """All rows by name."""
-    return pictures.rows()
+    return {**pictures.rows(), **text_rows.rows()}
 
 
 def said(text: str) -> None:
@@ -41,12 +43,17 @@ def measure(name: str, row: Row, lab: Lab, seeds: int) -> tuple[str, str]:
 
 def page(names: Sequence[str], seeds: int, work: Path) -> str:
     """The whole table as Markdown."""
-    vision = Vision(work / "vision")
-    lab = Lab(vision, Store(work / "vision.json"), work / "vision", said)
+    labs = {"vision": Lab(Vision(work / "vision"), Store(work / "vision.json"), work / "vision", said)}
+    if not text.missing():
+        labs["text"] = Lab(Text(work / "text"), Store(work / "text.json"), work / "text", said)
     known = rows()
     lines = []
     for name in names:
-        line, _ = measure(name, known[name], lab, seeds)
+        bench = known[name].arms[0].bench
+        if bench not in labs:
+            said(f"{name} is left out: {text.missing()}")
+            continue
+        line, _ = measure(name, known[name], labs[bench], seeds)
         said(line)
         lines.append(line)
     return "\n".join([HEAD, *lines]) + "\n"

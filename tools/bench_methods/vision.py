@@ -61,6 +61,8 @@ ENSEMBLES = {"three": ("first", "second", "third")}
 class Vision:
     """The picture fixture; teachers are trained once and kept below ``folder``."""
 
+    transient = False  # a few kB each, and some arms go on from them
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._teachers: dict[str, nn.Module] = {}
