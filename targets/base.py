@@ -87,6 +87,7 @@ class TargetBackend(abc.ABC):
     name: ClassVar[str]
     accepts: ClassVar[frozenset[Format]]
     summary: ClassVar[str]  # one line for `compress-for-device targets`
+    float_error: ClassVar[float] = 1e-4  # relative, of a float32 file; larger where it is computed in float16
 
     @abc.abstractmethod
     def probe(self) -> Ready | Missing:

@@ -88,13 +88,14 @@ def read_static(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
         sdk_errors(CompileError, f"fix the shapes of `{path.name}`", hint="Is the file a valid ONNX model?"),
     ):
         fixed = Path(scratch) / "fixed.onnx"
-        onnx.save(_with_shapes(onnx.load(str(path)), shapes), str(fixed))
+        onnx.save(with_shapes(onnx.load(str(path)), shapes), str(fixed))
         model = _folded(fixed, Path(scratch) / "folded.onnx")
         graph = _graph(model, _observe(model))
     return _gathers_after_dequantize(_without_dynamic(graph))
 
 
-def _with_shapes(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+def with_shapes(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """``model`` (an ``onnx.ModelProto``, changed in place) with its inputs fixed; other shapes are left open."""
     stored = {tensor.name for tensor in model.graph.initializer}
     for value in model.graph.input:
         if value.name in stored:

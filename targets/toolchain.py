@@ -72,6 +72,12 @@ CATALOGUE: Mapping[str, Toolchain] = {
             "ethos-u", "Arm Vela, the compiler for Ethos-U NPUs", "Apache-2.0", _BACKENDS / "ethos_u" / "worker.py"
         ),
         Toolchain(
+            "qnn",
+            "Qualcomm's QNN compiler and simulator for Hexagon, through ONNX Runtime",
+            "MIT; the QNN libraries: Qualcomm AI Stack License (proprietary)",
+            _BACKENDS / "qnn" / "worker.py",
+        ),
+        Toolchain(
             "tflite-micro",
             "TensorFlow Lite for Microcontrollers, its interpreter on this machine",
             "Apache-2.0",

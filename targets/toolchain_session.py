@@ -10,9 +10,13 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from compressor.errors import RunError
+from compressor.types import Array
 from targets import toolchain
 from targets.isolation import Limits
 
@@ -105,3 +109,13 @@ def open_worker(name: str, limits: Limits, what: str) -> Iterator[Worker]:
                 process.kill()
                 process.wait()
             process.stdout.close()
+
+
+def exchange(worker: Worker, folder: Path, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """One ``run`` of the worker: arrays by name go and come as ``.npz`` files in ``folder``."""
+    given, found = folder / "inputs.npz", folder / "outputs.npz"
+    arrays: dict[str, Any] = dict(inputs)
+    np.savez(given, **arrays)
+    worker.ask({"action": "run", "inputs": str(given), "outputs": str(found)})
+    with np.load(found) as file:
+        return {name: file[name] for name in file.files}

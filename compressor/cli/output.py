@@ -42,11 +42,12 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str = ""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(width=None if sys.stdout.isatty() else 200, soft_wrap=False)
     made = Table(*headers, title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*map(Text, row))  # cells are no markup: `pip install 'x[train]'` keeps its brackets
     console.print(made)
 
 

@@ -16,8 +16,6 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from compressor.errors import CompileError, ConfigError, RunError
 from compressor.profile import HardwareProfile
 from compressor.types import Array, Artifact, Format, Measurement, Origin
@@ -29,7 +27,7 @@ from targets.isolation import Limits
 from targets.static_session import StaticSession
 from targets.tflite.export import export_int8, float_operations
 from targets.tflite.interface import Interface, encode_all, read_interface
-from targets.toolchain_session import Worker, open_worker
+from targets.toolchain_session import Worker, exchange, open_worker
 
 TOOLCHAIN = "tflite-micro"
 PACKAGE = "tflite-micro"
@@ -119,16 +117,12 @@ class MicroSession:
         return StaticSession(self._artifact, shapes, self._call).run(inputs)
 
     def _call(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        given, found = self._folder / "inputs.npz", self._folder / "outputs.npz"
-        arrays: dict[str, Any] = {}
-        for place, array in enumerate(encode_all(self._interface, inputs)):
-            arrays[str(place)] = array[:, None]  # each row keeps the batch dimension of 1 that the file has
-        np.savez(given, **arrays)
-        self._worker.ask({"action": "run", "inputs": str(given), "outputs": str(found)})
-        with np.load(found) as file:
-            return {
-                port.name: port.decode(_joined(file[str(place)])) for place, port in enumerate(self._interface.outputs)
-            }
+        # each row keeps the batch dimension of 1 that the file has
+        arrays = {str(place): array[:, None] for place, array in enumerate(encode_all(self._interface, inputs))}
+        found = exchange(self._worker, self._folder, arrays)
+        return {
+            port.name: port.decode(_joined(found[str(place)])) for place, port in enumerate(self._interface.outputs)
+        }
 
 
 def _joined(array: Array) -> Array:
