@@ -153,6 +153,14 @@ def distil_speed(_work: Path) -> None:
     (EVIDENCE / "distil-speed.md").write_text(page + "\n".join(f"```\n{text.strip()}\n```\n" for text in texts))
 
 
+def methods(_work: Path) -> None:
+    """Every objective's claim on paired seeds; scores stay under build/methods, so it goes on where it was stopped."""
+    if not (ROOT / "build/movie-teacher/config.json").is_file():
+        command([sys.executable, "-m", "examples.movie_reviews.prepare"])
+        command([sys.executable, "-m", "examples.movie_reviews.train_teacher"])
+    command([sys.executable, "-m", "tools.bench_methods", "--out", str(EVIDENCE / "methods.md")])
+
+
 def repeatability(work: Path) -> None:
     """How often the ratio student/teacher repeats within 5 %, on the Fashion-MNIST files."""
     report = json.loads((EVIDENCE / "fashion-mnist" / "report.json").read_text())
@@ -218,6 +226,7 @@ SECTIONS: dict[str, Callable[[Path], None]] = {
     "public-models": public_models,
     "mobilenet-v2": mobilenet_v2,
     "distil-speed": distil_speed,
+    "methods": methods,
     "repeatability": repeatability,
     "profiles-cost": profiles_cost,
     "quantizers": quantizers,

@@ -48,6 +48,10 @@ class Fixture(Protocol):
         """Keys of every distil stage."""
         ...
 
+    def teachers(self) -> str:
+        """What each teacher reaches on test, in words."""
+        ...
+
 
 class Lab:
     """One fixture with its store."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class Dense(nn.Module):  # type: ignore[misc]  # torch is not typed here
         return self.head(torch.relu(self.hidden(image.flatten(1))))
 
 
-BUILT = {
+BUILT: dict[str, Callable[[], nn.Module]] = {
     "student": lambda: ConvNet(8),
     "teacher": lambda: ConvNet(32),
     "middle": lambda: ConvNet(16),

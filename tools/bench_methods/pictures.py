@@ -18,6 +18,11 @@ PAIR = 0, 6  # T-shirt and shirt
 LEAKED = 300  # test images whose random labels the laundering teacher learns
 
 
+def missing() -> str:
+    """What has to be installed first; empty when nothing is missing."""
+    return "" if FOLDER.is_dir() else f"install Debian's dataset-fashion-mnist ({FOLDER} is not there)"
+
+
 @dataclass(eq=False)
 class Pictures:
     """Some pictures as a split."""

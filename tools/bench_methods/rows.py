@@ -71,9 +71,9 @@ def fractions() -> dict[str, Row]:
             found[f"kd-{images}"] = Row(f"kd > labels, {share} % of the images ({images:,})", taught(images, KD),
                                         plain(images), ids="T11")  # fmt: skip
     for few, many in ((2000, 4000), (4000, 12_000), (2000, 12_000)):
-        pairs = ((taught(images, KD), plain(images)) for images in (few, many))
-        found[f"gain-{few}-{many}"] = Row(f"what kd gains over labels: {few:,} images > {many:,} images", *pairs,
-                                          ids="T11")  # fmt: skip
+        first, second = ((taught(images, KD), plain(images)) for images in (few, many))
+        claim = f"what kd gains over labels: {few:,} images > {many:,} images"
+        found[f"gain-{few}-{many}"] = Row(claim, first, second, ids="T11")
     return found
 
 
@@ -196,8 +196,3 @@ def exits() -> dict[str, Row]:
         "deep-supervision": Row("labels and exits that are dropped > labels, 2000 images",
                                 taught(2000, stage(1.0, inside)), plain(2000), ids="E1"),
     }  # fmt: skip
-
-
-def rows() -> dict[str, Row]:
-    """All of them by name."""
-    return {**robust(), **proposals()}
