@@ -78,30 +78,54 @@ def recipe_problems(recipe: Recipe, kind: str, objectives: Sequence[str]) -> lis
 
 
 def task_problems(recipe: Recipe, task: Task, positions: int | None = None) -> list[Problem]:
-    """What in the distil stages does not fit the task; ``positions``: the longest text the model takes."""
-    problems: list[Problem] = []
+    """What in the recipe does not fit the task; ``positions``: the longest text the model takes."""
+    problems = _text2text_problems(recipe) if task in TEXT2TEXT else []
     for number, stage in enumerate(recipe.stage):
+        where = f"stage.{number}.{stage.kind}"
+        if isinstance(stage, StudentStage) and stage.decoder_layers is not None and task not in TEXT2TEXT:
+            problems.append(Problem(f"{where}.decoder_layers", f"is for encoder-decoder models; the task is {task}"))
         if not isinstance(stage, DistilStage):
             continue
-        where = f"stage.{number}.{stage.kind}"
-        for name, part in (("rollouts", stage.rollouts), ("sequences", stage.sequences)):
-            if part is None:
-                continue
-            prompt = 0 if task in TEXT2TEXT else part.prompt_tokens
-            if task != "causal-lm" and task not in TEXT2TEXT:
-                what = f"is for causal language models and encoder-decoder models; the task is {task}"
-                problems.append(Problem(f"{where}.{name}", what))
-            elif positions is not None and prompt + part.max_new_tokens > positions:
-                what = (
-                    f"asks for {prompt} + {part.max_new_tokens} tokens, the model has {positions} positions"
-                )
-                problems.append(Problem(f"{where}.{name}.max_new_tokens", what))
+        problems += _generation_problems(stage, where, task, positions)
         if stage.rollouts is not None and stage.rollouts.used and stage.cache == "on":
             problems.append(Problem(f"{where}.cache", "the teacher must see what the student writes: nothing to cache"))
         if stage.rollouts is not None and not stage.objective:
             problems.append(
                 Problem(f"{where}.rollouts", "teach nothing without an objective: add `kd`, `jsd` or another")
             )
+    return problems
+
+
+def _generation_problems(stage: DistilStage, where: str, task: Task, positions: int | None) -> list[Problem]:
+    """What of ``rollouts`` and ``sequences`` the model cannot write."""
+    problems: list[Problem] = []
+    for name, part in (("rollouts", stage.rollouts), ("sequences", stage.sequences)):
+        if part is None:
+            continue
+        prompt = 0 if task in TEXT2TEXT else part.prompt_tokens  # an encoder-decoder model writes whole targets
+        if task != "causal-lm" and task not in TEXT2TEXT:
+            what = f"is for causal language models and encoder-decoder models; the task is {task}"
+            problems.append(Problem(f"{where}.{name}", what))
+        elif positions is not None and prompt + part.max_new_tokens > positions:
+            what = f"asks for {prompt} + {part.max_new_tokens} tokens, the model has {positions} positions"
+            problems.append(Problem(f"{where}.{name}.max_new_tokens", what))
+    return problems
+
+
+def _text2text_problems(recipe: Recipe) -> list[Problem]:
+    """What is not offered for encoder-decoder models."""
+    problems = []
+    if recipe.teacher.more or recipe.teacher.max_length is not None:
+        key = "teacher.more" if recipe.teacher.more else "teacher.max_length"
+        problems.append(Problem(key, "an encoder-decoder student has one teacher, which sees what it sees"))
+    for number, stage in enumerate(recipe.stage):
+        where = f"stage.{number}.{stage.kind}"
+        if isinstance(stage, StudentStage) and stage.vocabulary is not None:
+            problems.append(Problem(f"{where}.vocabulary", "encoder-decoder models keep their vocabulary"))
+        if isinstance(stage, DistilStage) and stage.rollouts is not None and stage.rollouts.beside:
+            problems.append(Problem(f"{where}.rollouts.beside", "is for causal language models"))
+        if isinstance(stage, DistilStage) and "token-drop" in stage.augment:
+            problems.append(Problem(f"{where}.augment", "`token-drop` is for models that read one text"))
     return problems
 
 
@@ -129,8 +153,7 @@ def steps_of(recipe: Recipe, kind: str) -> tuple[str, ...]:
             case PruneStage():
                 lines.append(f"prune: {_settings(stage)}")
             case DistilStage():
-                objectives = ", ".join(item.use for item in stage.objective) or "labels only"
-                lines.append(f"distil: {stage.epochs} epochs, labels x{shown(stage.labels)} + {objectives}")
+                lines.append(_distil_line(stage, recipe.null_twin))
                 if recipe.null_twin:
                     lines.append(
                         f"null twin: {stage.epochs} epochs with labels only, same student, steps, data and seeds"
@@ -145,6 +168,17 @@ def steps_of(recipe: Recipe, kind: str) -> tuple[str, ...]:
                 f"quantize, for each target's rules: {', '.join(stage.engines)}, {stage.samples} calibration samples"
             )
     return (*lines, "per profile: compile, run, measure, gate, package")
+
+
+def _distil_line(stage: DistilStage, null_twin: bool) -> str:
+    objectives = ", ".join(item.use for item in stage.objective) or "labels only"
+    times = f"{stage.rounds} rounds of " if stage.rounds > 1 else ""
+    line = f"distil: {times}{stage.epochs} epochs, labels x{shown(stage.labels)} + {objectives}"
+    if stage.labels != "estimate":
+        return line
+    own = " (the null twin's)" if null_twin else ""
+    each = " in each round" if stage.rounds > 1 else ""
+    return f"{line}; two extra fits for the labels' weight: on labels alone{own}, on the teacher alone{each}"
 
 
 def _settings(stage: StudentStage | PruneStage) -> str:

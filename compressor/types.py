@@ -26,10 +26,14 @@ Task = Literal[
     "sentence-similarity",  # judged against human scores of pairs
     "retrieval",  # judged by the ranking of passages
     "causal-lm",
+    "text2text-generation",  # encoder-decoder models: a target text for a source text
+    "translation",  # the same, judged by BLEU
+    "summarization",  # the same, judged by ROUGE-L
     "generic",
 ]
 MULTI_LABEL: frozenset[Task] = frozenset({"multi-label-image-classification", "multi-label-text-classification"})
 EMBEDDING: frozenset[Task] = frozenset({"sentence-embedding", "sentence-similarity", "retrieval"})
+TEXT2TEXT: frozenset[Task] = frozenset({"text2text-generation", "translation", "summarization"})
 Role = Literal["teacher", "student", "null-twin"]
 
 

@@ -18,20 +18,21 @@ from compressor.data.multilabel import encode_multi_labels
 from compressor.data.raw import RawData, RawPart
 from compressor.data.read import read_raw
 from compressor.data.split import split_indices
+from compressor.data.targets import TargetStore, target_split, target_store
 from compressor.data.text import TextSplit, TokenStore, token_store
 from compressor.data.types import DataBundle, Split
 from compressor.data.words import tagged_words
 from compressor.errors import PlanError, Problem
 from compressor.models.types import ImageInput, LoadedModel
 from compressor.recipe import DataConfig
-from compressor.types import EMBEDDING, MULTI_LABEL, Array, Inputs, Task, array_digest
+from compressor.types import EMBEDDING, MULTI_LABEL, TEXT2TEXT, Array, Inputs, Task, array_digest
 
 CLASSIFICATION = ("image-classification", "text-classification", *sorted(MULTI_LABEL))
 
-# their labels are found while tokenising: tags of words, next tokens, judgements of pairs
-OWN_LABELS = frozenset({"token-classification", "causal-lm", "sentence-similarity", "retrieval"})
+# their labels are found while tokenising: tags of words, next tokens, judgements of pairs, target texts
+OWN_LABELS = frozenset({"token-classification", "causal-lm", "sentence-similarity", "retrieval"}) | TEXT2TEXT
 
-Store = PictureStore | TokenStore | ArrayStore
+Store = PictureStore | TokenStore | TargetStore | ArrayStore
 Rows = Mapping[str, tuple[str, Array]]  # part -> raw part it is taken from, positions in it
 
 
@@ -104,7 +105,8 @@ def _examples(raw: RawData, home: str, index: Array, task: Task, count: int = 4)
     if kind == "words":
         return tuple(" ".join(words) for words in found)
     if task in EMBEDDING and pairs.is_paired(raw.parts[home]):
-        return tuple(text for pair in found for text in pair)[:count]
+        order = pairs.arranged(raw.parts[home], index, task, "validation").rows[:count]  # as the split has them
+        return tuple(samples[row // 2][row % 2] for row in order)
     return found
 
 
@@ -206,6 +208,11 @@ def _stores(raw: RawData, config: DataConfig, model: LoadedModel) -> tuple[dict[
         tagged = {name: tagged_words(part, model, raw.names, teacher, name) for name, part in raw.parts.items()}
         return {name: item.store for name, item in tagged.items()}, {name: item.labels for name, item in tagged.items()}
     parts = raw.parts
+    if model.task in TEXT2TEXT:
+        if "transfer" in parts:
+            what, hint = "holds sources without targets", "Let the teacher write some with `[stage.sequences]` instead."
+            raise PlanError.single("data.transfer", what, hint=hint)
+        return {name: target_store(part, model, name) for name, part in parts.items()}, {}
     if model.task in EMBEDDING:
         parts = {name: pairs.single_texts(p) if pairs.is_paired(p) else p for name, p in parts.items()}
     return {name: _store(part, model) for name, part in parts.items()}, {}
@@ -213,6 +220,8 @@ def _stores(raw: RawData, config: DataConfig, model: LoadedModel) -> tuple[dict[
 
 def _task_split(name: str, store: Store, rows: Array, part: RawPart, model: LoadedModel) -> Split | None:
     """The split of tasks whose samples are not the rows of the source: blocks of text, single texts of pairs."""
+    if isinstance(store, TargetStore):
+        return target_split(name, store, rows, part)
     if not isinstance(store, TokenStore):
         return None
     if model.task == "causal-lm":
@@ -271,11 +280,16 @@ def _fingerprint(split: Split) -> str:
 
 
 def _truncation(stores: Mapping[str, Store]) -> list[str]:
-    return [
-        f"{store.truncated} texts of {name} are longer than {store.preprocess.max_length} tokens and were cut"
-        for name, store in stores.items()
-        if isinstance(store, TokenStore) and store.truncated
-    ]
+    found = []
+    for name, store in stores.items():
+        texts = store.source if isinstance(store, TargetStore) else store
+        if isinstance(texts, TokenStore) and texts.truncated:
+            limit = texts.preprocess.max_length
+            found.append(f"{texts.truncated} texts of {name} are longer than {limit} tokens and were cut")
+        if isinstance(store, TargetStore) and store.truncated:
+            most = store.source.preprocess.target_length
+            found.append(f"{store.truncated} targets of {name} are longer than {most} tokens and were cut")
+    return found
 
 
 def make_calibration(split: Split, samples: int, batch: int, seed: int) -> Iterator[Inputs]:

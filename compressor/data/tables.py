@@ -184,12 +184,13 @@ def _from_datasets(table: Any, datasets: Any) -> Table:
 def table_part(
     table: Table, config: DataConfig, subject: str, *, labelled: bool = True
 ) -> tuple[RawPart, tuple[str, ...]]:
-    """A table as samples and labels, and the class names of its label column.
+    """A table as samples and labels (or targets), and the class names of its label column.
 
     Columns are those of the recipe, or found by their usual names. A table without text or pictures is a feature matrix
     float32 (N, F) of its other columns.
     """
-    label = _column(table, config.label, LABELS, "data.label", subject) if labelled else None
+    wanted, key = (config.target, "data.target") if config.target else (config.label, "data.label")
+    label = _column(table, wanted, LABELS, key, subject) if labelled else None
     rest = [name for name in table.columns if name != label]
     labels: Any = table.columns[label] if label else None
     names = table.names.get(label, ()) if label else ()

@@ -1,9 +1,12 @@
-"""Text from a causal language model: greedy, sampled, or by beam search; deterministic, with a key-value cache."""
+"""Text from a language model: greedy, sampled, or by beam search; deterministic, with a key-value cache.
+
+A causal model continues prompts; an encoder-decoder model writes a target for each source (:func:`write_targets`).
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +90,67 @@ def _generate(
             alive = alive & (token != end)
             if not bool(alive.any()):
                 break
+        fed = token[:, None]
+    return Generated(torch.cat(ids, dim=1), torch.cat(mask, dim=1))
+
+
+def write_targets(
+    module: nn.Module,
+    sources: Mapping[str, Tensor],
+    new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    seed: int = 0,
+    beams: int = 1,
+) -> Generated:
+    """Targets of an encoder-decoder model for ``input_ids`` and ``attention_mask`` (B, S), drawn as :func:`generate` does.
+
+    ``ids`` (B, 1 + n) begin with the decoder's start token and end with the end token (then padding, masked out), where
+    ``new_tokens`` allow it. More than one of ``beams``: the likeliest of transformers' own beam search.
+    """
+    model: Any = language_model(module)
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    count = len(sources["input_ids"])
+    uniforms = torch.rand(new_tokens, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    try:
+        with torch.no_grad():
+            if beams > 1:
+                ids = model.generate(
+                    **sources, max_new_tokens=new_tokens, num_beams=beams, do_sample=False, use_cache=True,
+                )  # fmt: skip
+                ended = (ids[:, 1:] == model.config.eos_token_id).long()
+                real = torch.cat([torch.ones_like(ids[:, :1]), (ended.cumsum(1) - ended == 0).long()], dim=1)
+                return Generated(ids, real)
+            return _targets(model, sources, uniforms, _picker(temperature, top_k))
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _targets(
+    model: Any, sources: Mapping[str, Tensor], uniforms: Tensor, pick: Callable[[Tensor, Tensor], Tensor]
+) -> Generated:
+    start, end, pad = (getattr(model.config, f"{name}_token_id") for name in ("decoder_start", "eos", "pad"))
+    read, cache = model.get_encoder()(**sources), None
+    alive = torch.ones(len(uniforms[0]), dtype=torch.bool, device=sources["input_ids"].device)
+    fed = torch.full_like(sources["input_ids"][:, :1], start)
+    ids, mask = [fed], [torch.ones_like(fed)]
+    for drawn in uniforms:
+        out = model(
+            encoder_outputs=read, attention_mask=sources["attention_mask"], decoder_input_ids=fed,
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+        cache, logits = out.past_key_values, out.logits[:, -1].float()
+        if pad != end:
+            logits[:, pad] = -torch.inf  # padding is never written
+        token = torch.where(alive, pick(logits, drawn.to(fed.device)), pad)
+        ids.append(token[:, None])
+        mask.append(alive[:, None].to(fed.dtype))
+        alive = alive & (token != end)
+        if not bool(alive.any()):
+            break
         fed = token[:, None]
     return Generated(torch.cat(ids, dim=1), torch.cat(mask, dim=1))
 

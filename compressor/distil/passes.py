@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from compressor.distil.objectives.base import Batch, Seen
 from compressor.distil.stream import TrainingSet
 from compressor.distil.teachers import NoTeacher, TeacherSource
+from compressor.models.signals import output_mask
 from compressor.types import Array
 
 PASS_BATCH = 128  # samples in memory at once
@@ -48,7 +49,7 @@ class SetPass:
             taught = self.teacher.signals(positions, inputs, 0)
             own = self.tap(inputs) if student else {}
             labels = torch.from_numpy(self.data.labels[positions]).to(next(iter(inputs.values())).device)
-            return Seen(taught, own, Batch(labels, inputs.get("attention_mask")), positions)
+            return Seen(taught, own, Batch(labels, output_mask(inputs)), positions)
 
 
 def over(

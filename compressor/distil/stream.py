@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compressor.data.pairs import Groups
 from compressor.data.types import DataBundle, Split
 from compressor.errors import StageError
+from compressor.models.signals import output_mask
 from compressor.types import Array
 
 UNLABELLED = -100  # torch's ignore index of cross-entropy
@@ -35,6 +37,7 @@ class TrainingSet:
         self.digests = np.concatenate([np.asarray(part.digests, dtype="S16") for part in parts])
         self.owners = np.repeat(np.arange(len(parts)), np.diff(self._starts))  # 0: train, 1: transfer
         self._rows: Array | None = None  # of the parts, when only some take part
+        self.groups: Groups | None = getattr(parts[0], "groups", None)  # of the labelled part
 
     @classmethod
     def of(cls, data: DataBundle, which: str = "all") -> TrainingSet:
@@ -67,6 +70,8 @@ class TrainingSet:
         made._known = self._known[kept]
         made.labels = (self.labels if labels is None else labels)[kept]
         made.digests, made.owners = self.digests[kept], self.owners[kept]
+        left = None if self.groups is None else self.groups.among(np.asarray(kept), len(self))
+        made.groups = left if left is not None and len(left) else None
         return made
 
     def __len__(self) -> int:
@@ -74,8 +79,13 @@ class TrainingSet:
 
     @property
     def labelled(self) -> bool:
-        """Is there a sample with a label?"""
-        return bool((self.labels != UNLABELLED).any())
+        """Is there a sample with a label, or a text that is known to answer another?"""
+        return bool((self.labels != UNLABELLED).any()) or self.answers
+
+    @property
+    def answers(self) -> bool:
+        """Are the labels right answers to texts rather than classes?"""
+        return self.groups is not None and self.groups.answers
 
     def batch(self, positions: Array) -> dict[str, Tensor]:
         """Model inputs of these samples, in their order; text from both parts is padded to one length."""
@@ -106,11 +116,11 @@ class TrainingSet:
 
     @cached_property
     def lengths(self) -> Array | None:
-        """Real tokens of each sample (int64), or None when the inputs have no mask."""
-        if "attention_mask" not in self.batch(np.arange(1)):
+        """Real tokens of each sample (int64; of its target, where it has one), or None when the inputs have no mask."""
+        if output_mask(self.batch(np.arange(1))) is None:
             return None
         chunks = np.array_split(np.arange(len(self)), -(-len(self) // 256))
-        return np.concatenate([self.batch(chunk)["attention_mask"].sum(1).numpy() for chunk in chunks])
+        return np.concatenate([output_mask(self.batch(chunk)).sum(1).numpy() for chunk in chunks])
 
     @cached_property
     def digest(self) -> str:

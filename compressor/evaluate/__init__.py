@@ -7,7 +7,7 @@ A *run* takes model inputs by name and returns outputs by name. :func:`predict` 
 from compressor.evaluate.agreement import agreement, closeness, is_distribution, loyalty
 from compressor.evaluate.embeddings import pair_correlation, ranking_gain, regression_loyalty, similarity_correlation
 from compressor.evaluate.metrics import PERPLEXITY, further, metric_name, quality, score, unit_of
-from compressor.evaluate.predict import Run, predict
+from compressor.evaluate.predict import Run, batch_size, predict
 from compressor.evaluate.sets import (
     ArrayEvalSet,
     BatchSource,
@@ -27,6 +27,7 @@ __all__ = [
     "Run",
     "SplitEvalSet",
     "agreement",
+    "batch_size",
     "closeness",
     "content_digest",
     "fill_batch",

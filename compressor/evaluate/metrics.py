@@ -7,32 +7,33 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from compressor.evaluate import embeddings, multilabel, tokens
+from compressor.evaluate import embeddings, multilabel, tokens, written
 from compressor.evaluate.agreement import agreement, closeness, is_distribution, predicted_class
-from compressor.types import MULTI_LABEL, Array, Task
+from compressor.types import MULTI_LABEL, TEXT2TEXT, Array, Task
 
 PERPLEXITY = "perplexity"  # also the unit of its figures: smaller is better, and differences are ratios
+
+NAMES: Mapping[Task, str] = {
+    "image-classification": "accuracy",
+    "text-classification": "accuracy",
+    "multi-label-text-classification": "micro F1",
+    "multi-label-image-classification": "micro F1",
+    "sentence-embedding": "Spearman against teacher",
+    "sentence-similarity": "Spearman against human scores",
+    "retrieval": "nDCG@10",
+    "causal-lm": PERPLEXITY,
+    "text2text-generation": "word accuracy (1 - WER)",
+    "translation": "BLEU",
+    "summarization": "ROUGE-L",
+    "generic": "agreement with the original",
+}
 
 
 def metric_name(task: Task, names: Sequence[str] = ()) -> str:
     """What :func:`score` measures, in words for a report. ``names`` are the class names."""
-    match task:
-        case "image-classification" | "text-classification":
-            return "accuracy"
-        case "multi-label-text-classification" | "multi-label-image-classification":
-            return "micro F1"
-        case "token-classification":
-            return "entity F1" if tokens.has_entities(names) else "token accuracy"
-        case "sentence-embedding":
-            return "Spearman against teacher"
-        case "sentence-similarity":
-            return "Spearman against human scores"
-        case "retrieval":
-            return "nDCG@10"
-        case "causal-lm":
-            return PERPLEXITY
-        case "generic":
-            return "agreement with the original"
+    if task == "token-classification":
+        return "entity F1" if tokens.has_entities(names) else "token accuracy"
+    return NAMES[task]
 
 
 def unit_of(task: Task) -> str:
@@ -60,6 +61,8 @@ def score(
     - ``sentence-embedding``: Spearman's rank correlation between the pairwise cosine similarities of ``outputs`` and of
       ``reference`` over the set. ``sentence-similarity``: between cosines and human scores. ``retrieval``: nDCG@10.
     - ``causal-lm``: perplexity; ``outputs`` as :func:`predict` reduced them (N, 3).
+    - ``text2text-generation``: 1 - word error rate of what was written, ``translation``: BLEU, ``summarization``: mean
+      F1 of ROUGE-L; ``outputs`` as :func:`predict` made them (:mod:`compressor.evaluate.written`).
     - ``generic``: with integer labels, accuracy. Without, agreement with ``reference``: the share of equal argmax when
       the reference's rows are probability distributions (rank 2, non-negative, sum 1), otherwise 1 - relative error
       (:func:`closeness`), because the argmax of a picture or a code means nothing.
@@ -70,6 +73,8 @@ def score(
         return embeddings.similarity_correlation(outputs, _needed(reference, task))
     if task == "causal-lm":
         return tokens.perplexity(outputs)
+    if task in TEXT2TEXT:
+        return written.value(task, outputs)
     if labels is not None:
         return _labelled(task, outputs, labels, names)
     if task not in ("image-classification", "text-classification", "generic"):
@@ -105,6 +110,8 @@ def further(task: Task, outputs: Array, labels: Array | None) -> Mapping[str, fl
     if task == "causal-lm":
         count = float(outputs[:, 1].sum())
         return {"tokens": count, "next_token_accuracy": float(outputs[:, 2].sum()) / max(count, 1.0)}
+    if task in TEXT2TEXT:
+        return written.figures(task, outputs)
     if labels is None:
         return {}
     if task in MULTI_LABEL:

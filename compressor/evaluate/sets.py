@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -51,10 +51,18 @@ class SplitEvalSet:
         judged: Array | None = getattr(self.split, "judgements", None)
         return self.split.labels if judged is None else judged
 
+    @property
+    def targets(self) -> Any:
+        """What an encoder-decoder model shall write: :class:`compressor.evaluate.written.Targets`, or None."""
+        return getattr(self.split, "targets", None)
+
     @cached_property
     def digest(self) -> str:
-        """Of the model inputs themselves (:func:`content_digest`), made once."""
-        return content_digest(self)
+        """Of the model inputs themselves (:func:`content_digest`) and of target texts, made once."""
+        found = content_digest(self)
+        if self.targets is None:
+            return found
+        return found + "-" + hashlib.sha256("\n".join(self.targets.references).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.split)

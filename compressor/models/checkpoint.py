@@ -18,7 +18,7 @@ import io
 import pickle
 from collections.abc import Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from compressor.errors import ConfigError, PlanError
@@ -33,7 +33,7 @@ from compressor.models.preprocessing import (
 from compressor.models.source import Source, licence_of, read_json, refuse_remote_code
 from compressor.models.types import LoadedModel, Provenance, TextInput
 from compressor.recipe import DataConfig, TeacherConfig
-from compressor.types import EMBEDDING, Task, TensorSpec
+from compressor.types import EMBEDDING, TEXT2TEXT, Task, TensorSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,12 +48,14 @@ TASKS: Mapping[str, Task] = {
     "sentence-similarity": "sentence-embedding",
     "token-classification": "token-classification",
     "text-generation": "causal-lm",
+    "text2text-generation": "text2text-generation",
 }
 AUTO_CLASS_TASK: Mapping[Task, str] = {
     **dict.fromkeys(EMBEDDING, "feature-extraction"),
     "multi-label-text-classification": "text-classification",
     "multi-label-image-classification": "image-classification",
     "causal-lm": "text-generation",
+    **dict.fromkeys(TEXT2TEXT, "text2text-generation"),
 }
 BY_TOKEN = frozenset({"token-classification", "causal-lm"})
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -95,6 +97,13 @@ def load_checkpoint(
     model = _load_weights(checkpoint)
     if task in ("image-classification", "multi-label-image-classification"):
         return _image_model(checkpoint, model, config)
+    if task in TEXT2TEXT:
+        from compressor.models.text2text import text2text_model
+
+        preprocess, tokenizer = _tokenizer(checkpoint, model, data or DataConfig())
+        loaded = text2text_model(model, task, preprocess, data or DataConfig())
+        provenance = _provenance(checkpoint, config, cast(Any, loaded.module), [])
+        return replace(loaded, provenance=provenance, files={TOKENIZER_FILE: tokenizer})
     return _text_model(checkpoint, model, config, data or DataConfig())
 
 
@@ -133,6 +142,8 @@ def find_task(settings: Mapping[str, Any], source: Source) -> Task:
         found = str(TasksManager.infer_task_from_model(model_class))
     except ValueError:
         found = "unknown"
+    if str(names[0]) in _encoder_decoders():
+        found = "text2text-generation"  # BART can fill masks, too, and that is what optimum says of it
     if found not in TASKS:
         raise PlanError.single(
             "teacher.task",
@@ -140,6 +151,13 @@ def find_task(settings: Mapping[str, Any], source: Source) -> Task:
             hint="Give `teacher.task` when it was saved under another head, or use a factory.",
         )
     return several_labels(TASKS[found], settings)
+
+
+def _encoder_decoders() -> set[str]:
+    """Names of transformers' classes with an encoder of text, a decoder and a language-model head."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    return {str(name) for names in NAMES.values() for name in (names if isinstance(names, tuple) else (names,))}
 
 
 def several_labels(task: Task, settings: Mapping[str, Any]) -> Task:
@@ -337,7 +355,7 @@ def _tokenizer(checkpoint: _Checkpoint, model: Any, data: DataConfig) -> tuple[T
         if tokenizer.pad_token_id is not None
         else getattr(model.config, "pad_token_id", 0),
     )
-    if checkpoint.task == "causal-lm":
+    if checkpoint.task == "causal-lm" or checkpoint.task in TEXT2TEXT:
         preprocess = preprocess.model_copy(update={"eos_id": tokenizer.eos_token_id})
     elif checkpoint.task not in EMBEDDING and data.text_pair is not None:
         preprocess = preprocess.model_copy(update={"pair": True})

@@ -16,7 +16,7 @@ from compressor.models.gguf_file import read_gguf
 from compressor.models.preprocessing import labels_of
 from compressor.models.source import Source, is_offline, locate, read_json, refuse_remote_code
 from compressor.recipe import DataConfig, TeacherConfig
-from compressor.types import EMBEDDING, Task, TensorSpec
+from compressor.types import EMBEDDING, TEXT2TEXT, Task, TensorSpec
 
 # What the heads of transformers are called. Loading asks optimum, which takes seconds to import; a test compares both.
 _SUFFIXES: Mapping[str, Task] = {
@@ -26,6 +26,8 @@ _SUFFIXES: Mapping[str, Task] = {
     "ForTokenClassification": "token-classification",
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
+    "ForConditionalGeneration": "text2text-generation",
+    "MTModel": "text2text-generation",
     "Model": "sentence-embedding",
 }
 
@@ -140,7 +142,7 @@ def _checkpoint_facts(source: Source, config: TeacherConfig, allow_remote_code: 
         parameters=parameters,
         file_bytes=sum(file.stat().st_size for file in weights),
         layers=_layers(settings),
-        labels=labels_of(settings) if task not in EMBEDDING and task != "causal-lm" else (),
+        labels=labels_of(settings) if task not in EMBEDDING | TEXT2TEXT and task != "causal-lm" else (),
         problems=tuple(problems),
         notes=tuple(notes),
     )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compressor.errors import ConfigError
+from compressor.errors import ConfigError, PlanError
 from compressor.models.source import locate
 from compressor.models.types import LoadedModel
 from compressor.recipe import DataConfig, TeacherConfig
+from compressor.types import TEXT2TEXT
 
 if TYPE_CHECKING:
     from compressor.models.factory import Sample
@@ -30,6 +31,9 @@ def load_model(
     Raises :class:`ConfigError` when the model is missing, broken or unsafe, :class:`PlanError` when it is not
     supported.
     """
+    if config.task in TEXT2TEXT and (factory is not None or str(config.model).endswith(".onnx")):
+        what = f"{config.task} needs a checkpoint of transformers: nothing else says how a target begins and ends"
+        raise PlanError.single("teacher.task", what)
     if factory is not None:
         from compressor.models.factory import load_factory
 

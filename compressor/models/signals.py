@@ -4,6 +4,9 @@ A signal is found by structure, not by class: an attention is a module with thre
 one of the usual spellings) or one fused ``qkv``; a layer is the element of a ModuleList or Sequential around it. So the
 same names work on a teacher, on a student with fewer layers, and on a pruned module with fewer heads and neurons.
 Convolutional nets have no attention; there ``hidden[i]`` is the output of the i-th top-level stage.
+
+Of an encoder-decoder model these are the decoder's layers and self-attentions, which lie at the target's tokens as the
+logits do; the encoder's stand behind a prefix, ``encoder.hidden[2]``. Cross-attention is no signal.
 """
 
 from __future__ import annotations
@@ -24,8 +27,12 @@ from compressor.models.heads import Exits, Head, head_signals
 PROJECTIONS = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
 FUSED = ("qkv", "qkv_proj", "c_attn")
 _NAME = re.compile(r"^(hidden|qkv|attn|q|k|v)\[(-?\d+)\]$")
-_HEAD_SIZES = ("attention_head_size", "head_dim")
+_HEAD_SIZES = ("attention_head_size", "head_dim", "key_value_proj_dim")
 _HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "heads")
+
+
+ENCODER = "encoder."  # prefix of the encoder's signals in an encoder-decoder model
+_CROSS = re.compile(r"(^|\.)(encoder_attn|EncDecAttention|crossattention|cross_attn)$")
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,9 @@ class Structure:
 def structure_of(module: nn.Module, mapping: Mapping[str, str] | None = None) -> Structure:
     """Find attentions, layers, pooling and head. ``mapping`` (signal name -> module path) wins over what is found."""
     attentions = tuple(_attentions(module))
+    if (sides := encoder_decoder(module)) is not None:
+        own = f"{sides[1]}."
+        attentions = tuple(a for a in attentions if a.path.startswith(own) and not _CROSS.search(a.path))
     blocks = _blocks_around(module, attentions) if attentions else _stages(module)
     beside = {id(part) for exits in module.modules() if isinstance(exits, Exits) for part in exits.modules()}
     linears = [part for part in module.modules() if isinstance(part, nn.Linear) and id(part) not in beside]
@@ -70,6 +80,17 @@ def structure_of(module: nn.Module, mapping: Mapping[str, str] | None = None) ->
     head = linears[-1] if linears and id(linears[-1]) not in inside else None
     named = {**head_signals(module), **(mapping or {})}
     return Structure(attentions, tuple(blocks), head, pooling, bool(attentions), _mapped(module, named))
+
+
+def encoder_decoder(module: nn.Module) -> tuple[str, str] | None:
+    """Paths of encoder and decoder, where ``module`` holds two such parts and the second attends to the first."""
+    for path, part in module.named_modules():
+        children = dict(part.named_children())
+        if children.keys() >= {"encoder", "decoder"}:
+            inside = (name for name, _ in children["decoder"].named_modules())
+            if any(_CROSS.search(name) for name in inside):
+                return f"{path}.encoder".lstrip("."), f"{path}.decoder".lstrip(".")
+    return None
 
 
 def _mapped(module: nn.Module, mapping: Mapping[str, str]) -> dict[str, nn.Module]:
@@ -98,17 +119,22 @@ def _attentions(module: nn.Module) -> Iterable[Attention]:
 
 
 def _blocks_around(module: nn.Module, attentions: Iterable[Attention]) -> list[tuple[str, nn.Module]]:
-    """For each attention the nearest enclosing element of a ModuleList or Sequential, in order, once."""
+    """For each attention the nearest enclosing element of a ModuleList or Sequential, in order, once.
+
+    A list inside a layer (T5's: attention, cross-attention, feed-forward) is not taken for a list of layers: where a
+    list around it holds elements of one class, its elements are the layers.
+    """
     parts = dict(module.named_modules())
     found: dict[str, nn.Module] = {}
     for attention in attentions:
         words = attention.path.split(".")
-        for end in range(len(words), 0, -1):
-            parent = parts[".".join(words[: end - 1])]
-            if isinstance(parent, nn.ModuleList | nn.Sequential):
-                path = ".".join(words[:end])
-                found[path] = parts[path]
-                break
+        around = [".".join(words[:end]) for end in range(len(words), 0, -1)]
+        listed = [path for path in around if isinstance(parts[path.rpartition(".")[0]], nn.ModuleList | nn.Sequential)]
+        alike = [path for path in listed if len({type(e) for e in parts[path.rpartition(".")[0]].children()}) == 1]
+        if listed:
+            nearest = listed[0] if isinstance(parts[listed[0].rpartition(".")[0]], nn.Sequential) else ""
+            path = nearest or (alike[0] if alike else listed[0])
+            found[path] = parts[path]
     return list(found.items())
 
 
@@ -140,10 +166,15 @@ def available(module: nn.Module, mapping: Mapping[str, str] | None = None) -> di
     count = len(structure.attentions)
     found = {"hidden": _hidden_count(structure), "logits": 1}
     if count:
-        found |= {"q": count, "k": count, "v": count, "qkv": count, "attn": count, "mask": 1}
+        found |= {"q": count, "k": count, "v": count, "qkv": count, "mask": 1}
+        if not any(hasattr(a.module, "has_relative_attention_bias") for a in structure.attentions):
+            found["attn"] = count  # T5 gives its position bias where others give the weights, and does not scale
     if structure.head is not None or structure.pooling is not None or "pooled" in structure.mapped:
         found["pooled"] = 1
     found |= dict.fromkeys(head_signals(module), 1)
+    if (sides := encoder_decoder(module)) is not None:
+        inside = available(module.get_submodule(sides[0]))
+        found |= {f"{ENCODER}{name}": n for name, n in inside.items() if name not in ("logits", "mask", "pooled")}
     return {name: number for name, number in found.items() if number}
 
 
@@ -152,6 +183,11 @@ def _hidden_count(structure: Structure) -> int:
     if indices:
         return max(indices) + 1
     return len(structure.blocks) + int(structure.transformer and bool(structure.blocks))
+
+
+def output_mask(inputs: Mapping[str, Any]) -> Any:
+    """(B, T), non-zero at the tokens that outputs speak of: the target's of an encoder-decoder model; None without."""
+    return inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
 
 
 def _tensor(value: Any) -> Tensor:
@@ -184,13 +220,16 @@ class SignalTap:
         self._counts = available(module, mapping)
         self._seen: dict[str, Any] = {}
         self._handles: list[Any] = []
+        sides = encoder_decoder(module)
+        inner = [name.removeprefix(ENCODER) for name in self.wanted if sides and name.startswith(ENCODER)]
+        self._encoder = SignalTap(module.get_submodule(sides[0]), inner) if sides and inner else None
         unknown = [name for name in self.wanted if not self._has(name)]
         if unknown:
             have = ", ".join(f"{name} x{count}" if count > 1 else name for name, count in self._counts.items())
             raise PlanError.single("signals", f"the model has no {', '.join(unknown)}", hint=f"It has {have}.")
 
     def _has(self, name: str) -> bool:
-        if name in self._structure.mapped or name in ("logits", "probs"):
+        if name in self._structure.mapped or name in ("logits", "probs") or self._inner(name):
             return True
         match = _NAME.match(name)
         if match is None:
@@ -198,14 +237,23 @@ class SignalTap:
         count = self._counts.get(match[1], 0)
         return -count <= int(match[2]) < count
 
+    def _inner(self, name: str) -> str:
+        """The name of an encoder's signal inside the encoder; empty for another."""
+        return name.removeprefix(ENCODER) if self._encoder is not None and name.startswith(ENCODER) else ""
+
     def __enter__(self) -> Self:
+        if self._encoder is not None:
+            self._encoder.__enter__()
         for name in self.wanted:
-            self._attach(name)
+            if not self._inner(name):
+                self._attach(name)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._encoder is not None:
+            self._encoder.__exit__(kind, error, trace)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -213,13 +261,20 @@ class SignalTap:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One forward pass; the wanted signals by name."""
-        self._seen.clear()
-        self._seen["inputs"] = inputs
+        taps = [self] if self._encoder is None else [self, self._encoder]
+        for tap in taps:
+            tap._seen.clear()
+            tap._seen["inputs"] = inputs if tap is self else {"attention_mask": inputs.get("attention_mask")}
         try:
             self._seen["out"] = _tensor(self.module(**inputs))
-            return {name: self._read(name) for name in self.wanted}
+            return {name: self._signal(name) for name in self.wanted}
         finally:
-            self._seen.clear()
+            for tap in taps:
+                tap._seen.clear()
+
+    def _signal(self, name: str) -> Tensor:
+        inner = self._inner(name)
+        return self._encoder._read(inner) if self._encoder is not None and inner else self._read(name)
 
     def _keep(self, part: nn.Module, key: str, pick: Callable[[Any], Any] = _tensor) -> None:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
@@ -287,7 +342,7 @@ class SignalTap:
         return self._read_attention(match[1], int(match[2]))
 
     def _mask(self) -> Tensor:
-        mask = self._seen["inputs"].get("attention_mask")
+        mask = output_mask(self._seen["inputs"])
         if mask is not None:
             return mask
         hidden = self._seen.get("hidden[0]")

@@ -32,7 +32,9 @@ class TextInput(Frozen):
     tokenizer_file: str  # name of the file beside the manifest; bytes come from LoadedModel.files
     max_length: int
     pad_id: int
-    eos_id: int | None = None  # end of a document; language models only
+    eos_id: int | None = None  # end of a document, or of a target; language and encoder-decoder models only
+    start_id: int | None = None  # what a decoder begins with; encoder-decoder models only
+    target_length: int | None = None  # tokens of a target with its end; encoder-decoder models only
     pair: bool = False  # samples are pairs of texts
     names: tuple[str, ...]  # model inputs made by it: input_ids, attention_mask, token_type_ids
 

@@ -45,6 +45,26 @@ class TextModel(nn.Module):  # type: ignore[misc]  # torch is not followed by my
         return F.normalize(self.pooling(hidden, attention_mask), dim=-1)
 
 
+class EncoderDecoder(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
+    """``input_ids``, ``attention_mask`` int64 (B, S), ``decoder_input_ids``, ``decoder_attention_mask`` int64 (B, T)
+    -> logits (B, T, V); the logits at t speak of the target's token t, which the decoder has not read yet.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor, decoder_attention_mask: Tensor
+    ) -> Tensor:
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+        ).logits
+
+
 class ImageModel(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
     """``pixel_values`` float32 (B, C, H, W) -> logits (B, classes)."""
 

@@ -150,7 +150,7 @@ class _Scorer:
     def _outputs(self, artifact: Artifact) -> Array:
         import onnxruntime
 
-        from compressor.evaluate import predict
+        from compressor.evaluate import batch_size, predict
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -162,4 +162,5 @@ class _Scorer:
                 return dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
             data = self.teacher_data if artifact.role == "teacher" else self.data
-            return predict(call, data, BATCH, specs=artifact.inputs, task=self.task)
+            size = batch_size(self.task, artifact.outputs[0].shape[-1], BATCH)
+            return predict(call, data, size, specs=artifact.inputs, task=self.task)

@@ -17,7 +17,8 @@ from compressor.errors import StageError
 from compressor.ledger import Event, Ledger, ignore_event
 from compressor.models.types import LoadedModel
 from compressor.recipe import Recipe
-from compressor.types import Inputs, Role, TensorSpec
+from compressor.stages.batches import Batches, tensors
+from compressor.types import TEXT2TEXT, Inputs, Role, TensorSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,6 +54,7 @@ class Run:
     panel: Panel | None = None  # several teachers, or one that sees something else than its student
     cost: Callable[[Any], float] | None = None  # of a layer's shape, for latency-aware pruning; else operations
     cost_name: str = "operations"
+    before: Line | None = None  # the student of the round before, where it is the teacher
     teacher_data: DataBundle | None = None  # as the teacher's own file takes it, where the student's vocabulary differs
 
     @cached_property
@@ -81,20 +83,14 @@ class Run:
         part = self.data.splits[split]
         return part.batch(np.arange(min(count, len(part))))
 
-    def calibration_tensors(self, samples: int, batch: int = 32) -> list[dict[str, Any]]:
-        """Batches of the calibration split as torch tensors."""
-        part = self.data.splits["calibration"]
-        count = min(samples, len(part))
-        return [
-            self.tensors(part.batch(np.arange(start, min(start + batch, count)))) for start in range(0, count, batch)
-        ]
+    def calibration_tensors(self, samples: int, batch: int = 32) -> Batches:
+        """Batches of the calibration split as torch tensors, one in memory at a time."""
+        return Batches(self.data.splits["calibration"], samples, batch)
 
     @staticmethod
     def tensors(inputs: Inputs) -> dict[str, Any]:
         """Arrays as torch tensors."""
-        import torch
-
-        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
+        return tensors(inputs)
 
     def runner(self, module: nn.Module) -> Callable[[Inputs], Mapping[str, Any]]:
         """A function from inputs to outputs by name that runs ``module`` in evaluation mode."""
@@ -128,13 +124,18 @@ class Run:
     def validation_score(self, module: nn.Module, watch: Callable[[Any], None] | None = None) -> float:
         """The task metric of a torch module on validation (never on test); a perplexity as minus its logarithm.
 
+        Of an encoder-decoder model the perplexity of the targets.
+
         ``watch`` is shown the outputs.
         """
-        from compressor.evaluate import SplitEvalSet, predict, quality, score, unit_of
+        from compressor.evaluate import SplitEvalSet, batch_size, predict, quality, score, unit_of
 
         task = self.model.task
         split = SplitEvalSet(self.data.splits["validation"])
-        outputs = predict(self.runner(module), split, 256 if task != "causal-lm" else 8, task=task)
+        if task in TEXT2TEXT:
+            task = "causal-lm"  # teacher-forced: an epoch's end is no time to write the whole set
+        size = batch_size(task, self.model.outputs[0].shape[-1], 256)
+        outputs = predict(self.runner(module), split, size, task=task)
         if watch is not None:
             watch(outputs)
         reference = self.teacher_validation if task == "sentence-embedding" else None

@@ -1,4 +1,7 @@
-"""Teacher-made text for a distil stage, stored by its content's key like any other stage (methods X2)."""
+"""Teacher-made text for a distil stage, stored by its content's key like any other stage (methods X2).
+
+A causal model continues the beginnings of the training text; an encoder-decoder model writes a target a source.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +12,27 @@ from typing import Any
 import numpy as np
 
 from compressor.data.blocks import IGNORED, BlockSplit
+from compressor.data.targets import TargetSplit, pair_digests, table_of
+from compressor.data.text import TextSplit
 from compressor.data.types import DataBundle
 from compressor.errors import StageError
 from compressor.language import Sequences
 from compressor.ledger import StageOutput, code_digest
 from compressor.stages.run import Run
+from compressor.types import TEXT2TEXT
 
 BATCH = 32
 FILE = "sequences.npz"
 
 
 def with_sequences(run: Run, config: Sequences) -> DataBundle:
-    """The run's data with the training text replaced by what the teacher writes after its beginnings.
+    """The run's data with the training text replaced by what the teacher writes.
 
     Raises:
-        StageError: the task is not a causal language model's.
+        StageError: the task is not a language model's.
     """
-    if run.model.task != "causal-lm":
-        raise StageError("`sequences` is for causal language models", hint=f"The task is {run.model.task}.")
+    if run.model.task != "causal-lm" and run.model.task not in TEXT2TEXT:
+        raise StageError("`sequences` is for language models", hint=f"The task is {run.model.task}.")
     key = {
         "teacher": run.model.provenance.digest,
         "config": config.model_dump(mode="json"),
@@ -34,10 +40,15 @@ def with_sequences(run: Run, config: Sequences) -> DataBundle:
         "seed": run.recipe.seed,
         "code": code_digest("distil/generation", "stages/sequences"),
     }
-    result = run.ledger.stage("seq-kd", key, lambda folder: _write(run, config, folder))
+    write = _write_targets if run.model.task in TEXT2TEXT else _write
+    result = run.ledger.stage("seq-kd", key, lambda folder: write(run, config, folder))
     with np.load(result.folder / FILE, allow_pickle=False) as stored:
-        split = BlockSplit(
-            "train", stored["labels"], stored["digests"], stored["ids"], stored["lengths"], run.model.inputs
+        split: Any = (
+            _with_targets(run.data.splits["train"], stored["labels"])
+            if run.model.task in TEXT2TEXT
+            else BlockSplit(
+                "train", stored["labels"], stored["digests"], stored["ids"], stored["lengths"], run.model.inputs
+            )
         )
     return replace(
         run.data, splits={**run.data.splits, "train": split}, digests={**run.data.digests, "train": result.key}
@@ -61,6 +72,34 @@ def _write(run: Run, config: Sequences, folder: Path) -> StageOutput:
     digests = np.array([f"seq-{row}".encode() for row in range(len(table))], dtype="S16")
     np.savez(folder / FILE, ids=table, labels=labels, lengths=count, digests=digests)
     return StageOutput({"sequences": len(table), "tokens": int((labels != IGNORED).sum())})
+
+
+def _write_targets(run: Run, config: Sequences, folder: Path) -> StageOutput:
+    from compressor.distil.generation import write_targets
+
+    train: Any = run.data.splits["train"]
+    count = min(config.samples or len(train), len(train))
+    length = min(config.max_new_tokens, train.targets.limit)
+    rows: list[np.ndarray[Any, Any]] = []
+    for start in range(0, count, BATCH):
+        sources = run.tensors(train.source.batch(np.arange(start, min(start + BATCH, count))))
+        seed = run.recipe.seed * 1_000_003 + start
+        made = write_targets(
+            run.teacher, sources, length, temperature=config.temperature, seed=seed, beams=config.beams
+        )
+        real = made.mask[:, 1:].numpy() != 0
+        rows += [ids[keep] for ids, keep in zip(made.ids[:, 1:].numpy(), real, strict=True)]
+    labels = table_of(rows)
+    np.savez(folder / FILE, labels=labels)
+    return StageOutput({"sequences": len(labels), "tokens": int((labels != IGNORED).sum())})
+
+
+def _with_targets(train: Any, labels: np.ndarray[Any, Any]) -> TargetSplit:
+    """The first sources of ``train`` with these targets (N, L)."""
+    source: TextSplit = train.source
+    own = replace(source, rows=source.rows[: len(labels)], digests=source.digests[: len(labels)])
+    texts = tuple(train.targets.decode(row[row != IGNORED].tolist()) for row in labels)
+    return TargetSplit("train", labels, pair_digests(own.digests, texts), own, replace(train.targets, references=texts))
 
 
 def _prompts(run: Run, config: Sequences) -> np.ndarray[Any, Any]:

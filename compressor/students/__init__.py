@@ -7,20 +7,18 @@ any transformer (methods N3); slicing the hidden width by activation is Minitron
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import PlanError, Problem
 from compressor.recipe import StudentStage
-from compressor.students import lowrank
+from compressor.students import depth, lowrank
 from compressor.types import LayerFact
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from compressor.models.structure.blocks import BlockList
     from compressor.models.structure.groups import Cut, Group
 
 Batch = Mapping[str, "Tensor"]
@@ -42,7 +40,7 @@ def check(module: nn.Module, example: Batch, config: StudentStage) -> list[Probl
     """Everything that keeps ``config`` from being carried out on ``module``; empty when it can be."""
     from compressor.models.structure.units import find_groups
 
-    problems = _layer_problems(module, example, config) + lowrank.problems_of(module, config)
+    problems = depth.problems_of(module, example, config) + lowrank.problems_of(module, config)
     if config.hidden_size is None and config.width is None:
         return problems
     groups = find_groups(module, example)
@@ -77,7 +75,7 @@ def make_student(
     if problems:
         raise PlanError("the student stage", problems)
     batches = calibration if calibration is None or not hasattr(calibration, "__next__") else list(calibration)
-    student, record, facts = _keep_layers(module, example, config.keep_layers)
+    student, record, facts = depth.keep_layers(module, example, config)
     if config.vocabulary is not None:
         steps, rows = _fewer_tokens(student)
         record, facts = record + steps, facts + rows
@@ -116,53 +114,6 @@ def _fewer_tokens(student: nn.Module) -> tuple[list[dict[str, Any]], list[LayerF
         for name, rows in pairs
         if name.endswith("weight")
     ]
-
-
-def _layer_problems(module: nn.Module, example: Batch, config: StudentStage) -> list[Problem]:
-    if config.keep_layers is None:
-        return []
-    blocks = _longest(module, example)
-    if blocks is None:
-        return [Problem("keep_layers", "matches nothing: the model has no list of blocks of equal shape")]
-    keep = config.keep_layers
-    if isinstance(keep, int):
-        wrong = not 1 <= keep <= blocks.count
-    else:
-        wrong = not keep or list(keep) != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= blocks.count
-    if wrong:
-        what = f"`{blocks.container}` has {blocks.count} layers; give how many to keep, or ascending indices from 0"
-        return [Problem("keep_layers", what)]
-    return []
-
-
-def _longest(module: nn.Module, example: Batch) -> BlockList | None:
-    from compressor.models.structure.blocks import find_block_lists
-
-    chains = [blocks for blocks in find_block_lists(module, example) if blocks.minimum]
-    return max(chains, key=lambda blocks: blocks.count, default=None)
-
-
-def _keep_layers(
-    module: nn.Module, example: Batch, keep: tuple[int, ...] | int | None
-) -> tuple[nn.Module, list[dict[str, Any]], list[LayerFact]]:
-    """A copy with some layers of the longest list of blocks."""
-    from compressor.models.rebuild import apply
-    from compressor.models.structure.blocks import drop_steps, spread_evenly
-
-    student = copy.deepcopy(module)
-    blocks = _longest(module, example) if keep is not None else None
-    if keep is None or blocks is None:
-        return student, [], []
-    kept = spread_evenly(blocks.count, keep) if isinstance(keep, int) else keep
-    record = drop_steps(student, blocks.container, kept)
-    apply(student, record)
-    facts = [
-        LayerFact(STAGE, f"{blocks.container}.{i}", "copied", f"layer {i}", f"layer {kept.index(i)}")
-        if i in kept
-        else LayerFact(STAGE, f"{blocks.container}.{i}", "dropped", f"layer {i}", "", "not in keep_layers")
-        for i in range(blocks.count)
-    ]
-    return student, record, facts
 
 
 def _hidden_groups(groups: Sequence[Group]) -> list[Group]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from compressor.errors import CompileError, ConfigError, RunError, sdk_errors
-from compressor.types import EMBEDDING, MULTI_LABEL, Array, write_atomic
+from compressor.types import EMBEDDING, MULTI_LABEL, TEXT2TEXT, Array, write_atomic
 from targets.outcome import ProfileOutcome, Row, RunSummary
 from targets.package import infer
 from targets.package.archive import files_of, write_sums, write_zip
@@ -229,6 +229,8 @@ def _meaning(task: str, model: Path) -> Postprocess:
     """What the first output is: a classifier that ends in a Softmax gives probabilities already."""
     if task in EMBEDDING:
         return "embedding"
+    if task in TEXT2TEXT:
+        return "target-text"
     if task in ("token-classification", "causal-lm"):
         return "tags" if task == "token-classification" else "next-token"
     if task not in MULTI_LABEL and task not in ("image-classification", "text-classification"):

@@ -519,6 +519,18 @@ def text_input(ids: list[int], types: list[int], manifest: dict[str, Any]) -> di
         elif "type" in name or "segment" in name:
             values, pad = types, 0
         made[name] = np.array([values[:fixed] + [pad] * (fixed - len(values))], spec["dtype"])
+    return made if rules.get("start_id") is None else {**made, **decoder_input([rules["start_id"]], manifest)}
+
+
+def decoder_input(ids: list[int], manifest: dict[str, Any]) -> dict[str, Array]:
+    """What the decoder of an encoder-decoder model has read so far, shape (1, tokens)."""
+    specs = {spec["name"]: spec for spec in manifest["inputs"]}
+    made = {}
+    for name, values in (("decoder_input_ids", ids), ("decoder_attention_mask", [1] * len(ids))):
+        size = specs[name]["shape"][1]
+        fill = size - len(ids) if isinstance(size, int) else 0
+        pad = manifest["preprocess"]["pad_id"] if name == "decoder_input_ids" else 0
+        made[name] = np.array([values + [pad] * fill], specs[name]["dtype"])
     return made
 
 
@@ -557,6 +569,7 @@ class Package:
                 f"manifest version {self.manifest.get('manifest_version')} is not readable by this infer.py"
             )
         self._tokenize: Encode | None = None
+        self._library: Any = None  # of models that write
         self.second: str | None = None  # of --pair
         self.by_word = self.manifest["postprocess"]["kind"] == "tags"
 
@@ -608,14 +621,20 @@ class Package:
             at += len(plain.all_ids(word))
         return places
 
+    def library(self) -> Any:
+        """The tokenizer that turns ids back into text."""
+        if self._library is None:
+            try:
+                from tokenizers import Tokenizer
+            except ImportError:
+                raise RefusalError("writing text needs `pip install tokenizers`") from None
+            self._library = Tokenizer.from_file(str(self.folder / self.manifest["preprocess"]["tokenizer_file"]))
+        return self._library
+
     def continued(self, session: Any, text: str, count: int) -> dict[str, Any]:
         """The likeliest ``count`` tokens after ``text``, one after the other."""
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise RefusalError("writing text needs `pip install tokenizers`") from None
+        library = self.library()
         rules, name = self.manifest["preprocess"], session.get_outputs()[0].name
-        library = Tokenizer.from_file(str(self.folder / rules["tokenizer_file"]))
         ids = list(library.encode(text).ids)
         if not ids:
             raise RefusalError("the text has no token to continue")
@@ -627,6 +646,23 @@ class Package:
             if ids[-1] == rules.get("eos_id"):
                 break
         return {"continuation": library.decode(ids[start:]), "tokens": ids[start:]}
+
+    def written(self, session: Any, inputs: dict[str, Array], count: int | None) -> dict[str, Any]:
+        """The target of an encoder-decoder model, token after token (greedy), until its end or ``count`` tokens.
+
+        The model is run on the source and all that was written at every step; no cache is kept.
+        """
+        library = self.library()
+        rules, name = self.manifest["preprocess"], session.get_outputs()[0].name
+        limit = rules["target_length"] if count is None else min(count, rules["target_length"])
+        ids = [rules["start_id"]]
+        while len(ids) <= limit and (len(ids) == 1 or ids[-1] != rules["eos_id"]):
+            (logits,) = session.run([name], {**inputs, **decoder_input(ids, self.manifest)})
+            last = np.array(logits[0, len(ids) - 1])
+            if rules["pad_id"] != rules["eos_id"]:
+                last[rules["pad_id"]] = -np.inf  # padding is never written
+            ids.append(int(np.argmax(last)))
+        return {"text": library.decode(ids[1:], skip_special_tokens=True), "tokens": ids[1:]}
 
     def inputs_of(self, argument: str) -> Iterator[tuple[str, dict[str, Array]]]:
         """Model inputs, each with the name to show, from one argument of the command line."""
@@ -732,6 +768,8 @@ def tagged(package: Package, line: str, outputs: dict[str, Array]) -> dict[str, 
 def show(name: str, found: dict[str, Any]) -> None:
     if "tags" in found:
         print("  ".join(f"{word}/{tag}" for word, tag in zip(found["words"], found["tags"], strict=True)))
+    elif "text" in found:
+        print(f"{name}  ->  {found['text']}")
     elif "continuation" in found:
         print(f"{name}{found['continuation']}")
     elif "labels" in found:
@@ -749,13 +787,20 @@ def show(name: str, found: dict[str, Any]) -> None:
 
 
 def explained(
-    package: Package, session: Any, name: str, outputs: dict[str, Array], options: argparse.Namespace
+    package: Package,
+    session: Any,
+    given: tuple[str, dict[str, Array]],
+    outputs: dict[str, Array],
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """What the outputs mean; a language model goes on writing."""
+    """What the outputs mean for a named input; a language model goes on writing."""
+    name, inputs = given
     kind = package.manifest["postprocess"]["kind"]
     text = package.manifest["preprocess"]["kind"] == "text"
     if kind == "next-token" and text:
-        return package.continued(session, name, options.new_tokens)
+        return package.continued(session, name, 40 if options.new_tokens is None else options.new_tokens)
+    if kind == "target-text" and text:
+        return package.written(session, inputs, options.new_tokens)
     if kind == "tags" and text:
         return tagged(package, name, outputs)
     return answer(outputs, package.manifest, options.top)
@@ -770,7 +815,7 @@ def run(package: Package, options: argparse.Namespace) -> int:
         for name, inputs in package.inputs_of(argument):
             outputs = dict(zip(names, session.run(None, inputs), strict=True))
             raw.append(outputs)
-            answers.append({"input": name, **explained(package, session, name, outputs, options)})
+            answers.append({"input": name, **explained(package, session, (name, inputs), outputs, options)})
             if not options.json:
                 show(name, answers[-1])
     if options.out:
@@ -834,7 +879,8 @@ def check_preprocessing(package: Package, index: int, sample: dict[str, dict[str
     wrong = [
         name
         for name, wanted in sample["input"].items()
-        if made[name].shape != wanted.shape or relative_difference(made[name], wanted) > 1e-5
+        if not name.startswith("decoder_")  # the stored target, which nobody gives when the model is used
+        and (made[name].shape != wanted.shape or relative_difference(made[name], wanted) > 1e-5)
     ]
     return [f"sample {index}, {name}: pre-processing gives another input" for name in wrong]
 
@@ -849,7 +895,10 @@ def relative_difference(found: Array, wanted: Array) -> float:
 
 
 def benchmark(package: Package, options: argparse.Namespace) -> int:
-    """p50 and p95 of single runs, after a warm-up of at least 20 runs and half a second."""
+    """p50 and p95 of single runs, after a warm-up of at least 20 runs and half a second.
+
+    An encoder-decoder model with an input given is timed writing the whole target.
+    """
     session = package.session(options.threads, options.portable)
     if options.input:
         _, inputs = next(package.inputs_of(options.input[0]))
@@ -858,16 +907,24 @@ def benchmark(package: Package, options: argparse.Namespace) -> int:
         if not samples:
             raise RefusalError("this package has no stored sample; give an input to benchmark with")
         inputs = samples[0]["input"]
+    writes = bool(options.input) and package.manifest["postprocess"]["kind"] == "target-text"
+
+    def once() -> None:
+        if writes:
+            package.written(session, inputs, options.new_tokens)
+        else:
+            session.run(None, inputs)
+
     warm = time.perf_counter()
     runs = 0
     while runs < 20 or time.perf_counter() - warm < 0.5:
-        session.run(None, inputs)
+        once()
         runs += 1
     times_ms: list[float] = []
     started = time.perf_counter()
     while len(times_ms) < 50 or (time.perf_counter() - started < 3.0 and len(times_ms) < 5000):
         before = time.perf_counter()
-        session.run(None, inputs)
+        once()
         times_ms.append(1000 * (time.perf_counter() - before))
     p50, p95 = (float(value) for value in np.percentile(times_ms, [50, 95]))
     shapes = {name: list(value.shape) for name, value in inputs.items()}
@@ -895,7 +952,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--top", type=int, default=5, help="how many classes to show (default: 5)")
     parser.add_argument("--pair", help="the second text of models that take two")
-    parser.add_argument("--new-tokens", type=int, default=40, help="how many tokens a language model writes (40)")
+    parser.add_argument("--new-tokens", type=int, help="how many tokens a language model writes at most (40)")
     parser.add_argument("--threads", type=int, help="threads (default: those of the measurement)")
     parser.add_argument(
         "--portable", action="store_true", help="run the portable ONNX file beside a device's own format"

@@ -11,7 +11,15 @@ from targets.outcome import Row
 
 MANIFEST_VERSION = "1.0"
 Postprocess = Literal[
-    "softmax", "probabilities", "sigmoid", "independent-probabilities", "tags", "next-token", "embedding", "none"
+    "softmax",
+    "probabilities",
+    "sigmoid",
+    "independent-probabilities",
+    "tags",
+    "next-token",
+    "target-text",
+    "embedding",
+    "none",
 ]
 
 
@@ -71,7 +79,8 @@ class Output(Frozen):
 
     ``softmax``: logits of one class; ``probabilities``: of one class, already; ``sigmoid``: logits of several labels;
     ``independent-probabilities``: of several labels, already; ``tags``: logits of a class for each token, of which the
-    first of each word counts; ``next-token``: logits of the next token at each token; ``embedding``: a unit vector.
+    first of each word counts; ``next-token``: logits of the next token at each token; ``target-text``:
+    the same of a target, for a source; ``embedding``: a unit vector.
     """
 
     kind: Postprocess

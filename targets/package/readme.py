@@ -28,11 +28,14 @@ def _run(manifest: Manifest) -> str:
         example = '"first sentence" --pair "second sentence"'
     elif manifest.postprocess.kind == "next-token":
         example = '"the beginning of a text" --new-tokens 40'
+    elif manifest.postprocess.kind == "target-text":
+        example = '"a source text"'
+    more = " tokenizers" if manifest.postprocess.kind in ("next-token", "target-text") else ""
     flag = "" if manifest.model.format in ("onnx", "ort") else " --portable"
     lines = [
         "## Run it",
         "",
-        "    pip install onnxruntime numpy",
+        f"    pip install onnxruntime numpy{more}",
         f"    python infer.py{flag} --self-check",
         f"    python infer.py{flag} {example}",
         f"    python infer.py{flag} --benchmark",

@@ -99,15 +99,24 @@ def _twin_sentence(outcome: ProfileOutcome, summary: RunSummary) -> str:
 
 
 def _noise(bought: float, student: Row, twin: Row, split: str, summary: RunSummary) -> str:
-    """How the difference compares with sampling noise: normal 95 % interval of two independent proportions.
+    """How the difference compares with sampling noise: normal 95 % interval of two independent proportions, or of two
+    figures that bring a standard error of their own.
 
     Both were scored on the same samples, so the true interval is narrower: the statement is conservative.
     """
     count = summary.data.sizes.get(split, 0)
-    shares = [value_of(getattr(row, split)) for row in (student, twin)]
-    if count < 1 or not is_percentage(summary.metric) or None in shares:
+    variances = [_variance(getattr(row, split), count) for row in (student, twin)]
+    if count < 1 or not is_percentage(summary.metric) or None in variances:
         return "."
-    half = 1.96 * math.sqrt(sum(share * (1 - share) for share in shares if share is not None) / count)
+    half = 1.96 * math.sqrt(sum(variance for variance in variances if variance is not None))
     verdict = "more than" if abs(bought) > half else "no more than"
     runs = "one seed" if summary.paired_seeds is None else f"seed {summary.seed} alone"
     return f"; that is {verdict} the sampling noise of {count:,} samples (±{100 * half:.2f} points at 95 %), on {runs}."
+
+
+def _variance(figure: Figure, count: int) -> float | None:
+    """Of a figure over ``count`` samples: of a share, unless it says how uncertain it is."""
+    if not isinstance(figure, Measurement) or count < 1:
+        return None
+    error = figure.detail.get("standard_error")
+    return float(error) ** 2 if error is not None else figure.value * (1 - figure.value) / count

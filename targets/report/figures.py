@@ -25,8 +25,8 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def is_percentage(metric: str) -> bool:
-    """Accuracies, agreements and F1 scores read as percentages; a correlation does not."""
-    return any(word in metric.lower() for word in ("accuracy", "agreement", "f1"))
+    """Accuracies, agreements, F1 scores, BLEU and ROUGE read as percentages; a correlation does not."""
+    return any(word in metric.lower() for word in ("accuracy", "agreement", "f1", "bleu", "rouge"))
 
 
 def score(value: float, metric: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import gcd
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -68,10 +68,10 @@ class HiddenMatch(Matched):
     def __call__(self, s: Signals, t: Signals, batch: Batch, step: Step) -> Term:
         total: Tensor | None = None
         count: Tensor | float = 1.0
-        for student, teacher in self.aligned(s, t):
+        for (name, _), (student, teacher) in zip(self.pairs, self.aligned(s, t), strict=True):
             values = F.mse_loss(student, teacher, reduction="none")
             values = values.mean(-1) if values.dim() < 4 else values.mean(dim=(1, 2, 3))
-            part, count = shapes.sum_over_valid(values, batch.mask)
+            part, count = shapes.sum_over_valid(values, batch.mask_of(name))
             total = part if total is None else total + part
         assert total is not None  # bind gives at least one pair
         return Term(total, count, {"hidden MSE": total.detach()})
@@ -96,11 +96,11 @@ class CosineMatch(Matched):
     def __call__(self, s: Signals, t: Signals, batch: Batch, step: Step) -> Term:
         total: Tensor | None = None
         count: Tensor | float = 1.0
-        for student, teacher in self.aligned(s, t):
+        for (name, _), (student, teacher) in zip(self.pairs, self.aligned(s, t), strict=True):
             if student.dim() == 4:
                 student, teacher = student.mean(dim=(2, 3)), teacher.mean(dim=(2, 3))
             values = 1 - F.cosine_similarity(student, teacher, dim=-1)
-            part, count = shapes.sum_over_valid(values, batch.mask)
+            part, count = shapes.sum_over_valid(values, batch.mask_of(name))
             total = part if total is None else total + part
         assert total is not None  # bind gives at least one pair
         return Term(total, count, {"1 - cosine": total.detach()})
@@ -124,11 +124,11 @@ class SquareHead(Matched):
 
     def __call__(self, s: Signals, t: Signals, batch: Batch, step: Step) -> Term:
         parts = []
-        for student, teacher in self.aligned(s, t):
+        for (name, _), (student, teacher) in zip(self.pairs, self.aligned(s, t), strict=True):
             error, size = (student - teacher).square(), teacher.square()
             if error.dim() == 3:
                 error, size = error.sum(-1), size.sum(-1)
-                mask = batch.mask
+                mask = batch.mask_of(name)
             else:
                 mask = None
             part, whole = shapes.sum_over_valid(error, mask)[0], shapes.sum_over_valid(size, mask)[0]
@@ -172,7 +172,7 @@ class MiniLmRelations(SignalObjective):
     Shapes: qkv (3, B, H, T, d) of both models, mask (B, T); padding is neither key nor query. No projections.
     Paper: Wang et al., "MiniLMv2: Multi-Head Self-Attention Relation Distillation", 2021 (methods F1).
     Defaults: last layers of both; `heads` 0 takes the larger of the two head counts that divides both widths, else
-    their greatest common divisor. Base models of the paper use 48.
+    their greatest common divisor; `part` chooses the side of an encoder-decoder model. Base models of the paper use 48.
     When: transformer students of another width or depth, task-agnostic distillation.
     Worked number: teacher [[1,0,2,1],[0,1,1,-1],[2,2,0,0]], student [[.5,1],[1,0],[1,2]], A = 2: 0.555465 a relation.
     """
@@ -181,10 +181,12 @@ class MiniLmRelations(SignalObjective):
         heads: Annotated[int, Field(ge=0)] = 0
         teacher_layer: int = -1
         student_layer: int = -1
+        part: Literal["decoder", "encoder"] = "decoder"
 
     def bind(self, student: Counts, teacher: Counts) -> list[str]:
-        own = f"qkv[{self.options.student_layer}]"
-        match = Match(student=own, teacher=f"qkv[{self.options.teacher_layer}]")
+        side = "encoder." if self.options.part == "encoder" else ""
+        own = f"{side}qkv[{self.options.student_layer}]"
+        match = Match(student=own, teacher=f"{side}qkv[{self.options.teacher_layer}]")
         found, problems = layers.pairs(match, student, teacher)
         if problems:
             return problems
@@ -211,6 +213,7 @@ class MiniLmRelations(SignalObjective):
 
     def __call__(self, s: Signals, t: Signals, batch: Batch, step: Step) -> Term:
         student, teacher = s[self.student_name], t[self.teacher_name]
-        total = relation_divergence(teacher, student, self.heads, batch.mask)
-        tokens = (batch.mask != 0).sum() if batch.mask is not None else float(student.shape[1] * student.shape[3])
+        mask = batch.mask_of(self.student_name)
+        total = relation_divergence(teacher, student, self.heads, mask)
+        tokens = (mask != 0).sum() if mask is not None else float(student.shape[1] * student.shape[3])
         return Term(total, tokens, {"relation KL": total.detach()})

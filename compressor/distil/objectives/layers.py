@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from compressor.config import suggestion
 from compressor.recipe import Match
 
-_PATTERN = re.compile(r"(?P<family>[a-z]+)(?:\[(?P<index>g\(i\)|i|-?\d+)\])?")
+_PATTERN = re.compile(r"(?P<family>(?:encoder\.)?[a-z]+)(?:\[(?P<index>g\(i\)|i|-?\d+)\])?")
 
 
 def count(signals: Mapping[str, int], family: str) -> int:
@@ -119,13 +119,14 @@ def _expand(
 
 def _mapped(family: str, kind: str, student: Mapping[str, int], teacher: Mapping[str, int]) -> list[int]:
     """Embeddings (``hidden[0]`` of transformers) teach embeddings; the layers above them are mapped."""
-    below = int(family == "hidden" and _starts_with_embeddings(student) and _starts_with_embeddings(teacher))
+    side, name = family[: -len("hidden")], family.rpartition(".")[2]
+    below = int(name == "hidden" and all(_starts_with_embeddings(have, side) for have in (student, teacher)))
     mapped = layer_map(count(student, family) - below, count(teacher, family) - below, kind)
     return [*range(below), *(below + layer for layer in mapped)]
 
 
-def _starts_with_embeddings(signals: Mapping[str, int]) -> bool:
-    return count(signals, "hidden") == count(signals, "qkv") + 1 > 1
+def _starts_with_embeddings(signals: Mapping[str, int], side: str) -> bool:
+    return count(signals, f"{side}hidden") == count(signals, f"{side}qkv") + 1 > 1
 
 
 def _name(family: str, index: str | None, layers: int) -> str:

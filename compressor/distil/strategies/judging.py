@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.distil.stream import UNLABELLED, TrainingSet
+from compressor.models.signals import output_mask
 from compressor.types import Array
 
 CHUNK = 256  # samples of one call
@@ -64,7 +65,7 @@ class Judges:
 
 
 def _mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
-    mask = inputs.get("attention_mask")
+    mask = output_mask(inputs)
     return None if mask is None else mask.cpu()
 
 

@@ -152,13 +152,28 @@ def drop_steps(module: nn.Module, container: str, keep: Sequence[int]) -> list[d
     """Record steps that keep these elements of ``container`` and tell the configuration how many there are."""
     count = len(list(module.get_submodule(container).children()))
     steps: list[dict[str, Any]] = [{"op": "drop", "container": container, "keep": list(keep)}]
+    told: list[Any] = []
     for name, part in module.named_modules():
         config = getattr(part, "config", None)
-        attribute = next((depth for depth in DEPTH_NAMES if getattr(config, depth, None) == count), None)
-        if attribute is not None and (container == name or container.startswith(f"{name}." if name else "")):
+        around = container == name or container.startswith(f"{name}." if name else "")
+        if not around or any(config is other for other in told):
+            continue
+        names = _depth_names(config, container)
+        attribute = next((depth for depth in names if getattr(config, depth, None) == count), None)
+        if attribute is not None:
             steps.append({"op": "set", "module": name, "attribute": f"config.{attribute}", "value": len(keep)})
-            break
+            told.append(config)
+            if not getattr(config, "is_encoder_decoder", False):
+                break  # of an encoder-decoder model the side has a configuration of its own, too
     return steps
+
+
+def _depth_names(config: Any, container: str) -> tuple[str, ...]:
+    """The attributes that may say how many layers ``container`` has: a configuration of two sides has one for each."""
+    if not getattr(config, "is_encoder_decoder", False):
+        return DEPTH_NAMES
+    decoder = "decoder" in container.split(".")
+    return ("num_decoder_layers", "decoder_layers") if decoder else ("encoder_layers", "num_layers")
 
 
 def spread_evenly(count: int, keep: int) -> tuple[int, ...]:
