@@ -89,13 +89,18 @@ def _tag(value: Any) -> str:
     return "schedule" if isinstance(value, dict | Schedule) else "number"
 
 
+def _tag_or_word(value: Any) -> str:
+    return "word" if isinstance(value, str) else _tag(value)
+
+
 def _weight(value: float | Schedule) -> float | Schedule:
     none_below(value, 0.0, allowed=False)
     return value
 
 
-def _label_weight(value: float | Schedule) -> float | Schedule:
-    none_below(value, 0.0, allowed=True)
+def _label_weight(value: float | Schedule | Literal["estimate"]) -> float | Schedule | Literal["estimate"]:
+    if value != "estimate":
+        none_below(value, 0.0, allowed=True)
     return value
 
 
@@ -108,15 +113,25 @@ def _share(value: float | Schedule) -> float | Schedule:
 
 _Either = Annotated[Annotated[float, Tag("number")] | Annotated[Schedule, Tag("schedule")], Discriminator(_tag)]
 Weight = Annotated[_Either, AfterValidator(_weight)]
-LabelWeight = Annotated[_Either, AfterValidator(_label_weight)]
+LabelWeight = Annotated[
+    Annotated[
+        Annotated[float, Tag("number")]
+        | Annotated[Schedule, Tag("schedule")]
+        | Annotated[Literal["estimate"], Tag("word")],
+        Discriminator(_tag_or_word),
+    ],
+    AfterValidator(_label_weight),
+]
 Weight01 = Annotated[_Either, AfterValidator(_share)]
 Option = Annotated[
     Annotated[float | int | str | bool, Tag("number")] | Annotated[Schedule, Tag("schedule")], Discriminator(_tag)
 ]
 
 
-def shown(value: float | Schedule) -> str:
-    """``0.5``, or ``1 -> 0 (linear)``."""
+def shown(value: float | Schedule | str) -> str:
+    """``0.5``, ``1 -> 0 (linear)``, or a word as it is."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, Schedule):
         return f"{value.first:g} -> {value.final:g} ({value.kind})"
     return f"{value:g}"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from compressor.data.types import DataBundle
 
 EMBEDDING_TASKS = frozenset({"sentence-embedding", "sentence-similarity", "retrieval"})
+SINGLE_LABEL = frozenset({"text-classification", "image-classification"})
 UNLABELLED = -100
 
 
@@ -48,8 +49,24 @@ def fit_problems(
     found += _group_problems(stage, where, getattr(data.splits["train"], "groups", None), processes)
     found += _memory_problems(stage, where, module, processes)
     found += _strategy_problems(stage, where, example)
+    found += _estimate_problems(stage, where, task, data)
     if stage.data == "transfer" and "transfer" not in data.splits:
         found.append(Problem(f"{where}.data", "there is no transfer part; give `data.transfer`"))
+    return found
+
+
+def _estimate_problems(stage: DistilStage, where: str, task: str, data: DataBundle) -> list[Problem]:
+    """What the estimate of the labels' weight and rounds of self-distillation need."""
+    found = []
+    if stage.labels == "estimate":
+        whys = [] if task in SINGLE_LABEL else [f"the task is {task}, not one class a sample"]
+        whys += [f"{n} has no labels" for n in ("train", "validation") if data.splits[n].labels is None]
+        whys += [] if stage.objective else ["there is no objective to weigh them against"]
+        found += [Problem(f"{where}.labels", f'`"estimate"` is not possible: {why}') for why in whys[:1]]
+    if stage.rounds > 1:
+        named = [i for i, item in enumerate(stage.objective) if item.match is not None and ":" in item.match.teacher]
+        text = "names a further teacher, but after the first of several `rounds` the student's last self teaches"
+        found += [Problem(f"{where}.objective.{i}.match", text) for i in named]
     return found
 
 

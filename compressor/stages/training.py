@@ -36,7 +36,7 @@ def distil(run: Run, line: Line, stage: DistilStage, *, labels_only: bool, taugh
 
     if not labels_only and (stage.rounds > 1 or stage.labels == "estimate"):
         return in_rounds(run, line, stage, distil)
-    own, taught = run, taught or run
+    taught = taught or run
     config = stage.model_dump(mode="json")
     if labels_only:  # what only the teacher's terms use must not make a new twin
         config = {
@@ -72,14 +72,13 @@ def distil(run: Run, line: Line, stage: DistilStage, *, labels_only: bool, taugh
     }
     name = "null-twin" if labels_only else "distil"
     result = run.ledger.stage(
-        name, key, lambda folder: _train(taught, own, line, stage, folder, labels_only=labels_only), resumable=True
+        name, key, lambda folder: _train(taught, line, stage, folder, labels_only=labels_only), resumable=True
     )
     record = json.loads((result.folder / RECORD_FILE).read_text())  # objectives may have left parts in the student
     return Line(line.role, result.key, run.stored_module(result.folder), record)
 
 
-def _train(run: Run, own: Run, line: Line, stage: DistilStage, folder: Path, *, labels_only: bool) -> StageOutput:
-    """Train and write the result. ``own`` is the run with its own teacher, from which students are rebuilt."""
+def _train(run: Run, line: Line, stage: DistilStage, folder: Path, *, labels_only: bool) -> StageOutput:
     from copy import deepcopy
 
     from compressor.models.rebuild import save_student
@@ -91,9 +90,10 @@ def _train(run: Run, own: Run, line: Line, stage: DistilStage, folder: Path, *, 
         (work / START).mkdir(parents=True, exist_ok=True)
         save_student(work / START, student, line.record)
         order = {"stage": stage.model_dump(mode="json"), "labels_only": labels_only, "work": str(work)}
-        order |= {"seed": run.recipe.seed, "taught_by": None if run is own else run.model.provenance.digest}
-        if run is not own:
-            save_student(work / TAUGHT, run.teacher, line.record)
+        order |= {"seed": run.recipe.seed, "taught_by": None if run.before is None else run.before.key}
+        if run.before is not None:
+            (work / TAUGHT).mkdir(exist_ok=True)
+            save_student(work / TAUGHT, run.teacher, run.before.record)
         Processes().tell(order)
     monitor = None if labels_only else _monitor(run, folder)
     score = run.validation_score if monitor is None else partial(run.validation_score, watch=monitor.observe)
