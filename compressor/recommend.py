@@ -22,7 +22,7 @@ SHORT = 2000  # labelled samples: up to here distillation beat labels alone on 5
 VERY_SHORT = 1000
 MUCH_UNLABELLED = 4  # times the labelled ones
 STEPS = 4000  # that a small student gets, by way of epochs
-SHORT_STEPS = 1300  # that a transformer with fewer layers gets: it starts from its teacher's weights
+SHORT_STEPS = 650  # that a transformer with fewer layers gets: it starts from its teacher's weights
 CLASSIFIERS = ("image-classification", "text-classification")
 EMBEDDINGS = ("sentence-embedding", "sentence-similarity", "retrieval")
 
@@ -124,7 +124,8 @@ def _distil(facts: Facts, reasons: list[str]) -> dict[str, object]:
     reasons.append(term.reason)
     samples = facts.labelled + facts.unlabelled
     batch, epochs, rate = _effort(facts, samples)
-    reasons.append(f"{epochs} epochs of {samples:,} samples; `patience` keeps the best one on validation")
+    times = "1 epoch" if epochs == 1 else f"{epochs} epochs"
+    reasons.append(f"{times} of {samples:,} samples; `patience` keeps the best one on validation")
     stage: dict[str, object] = {
         "kind": "distil", "epochs": epochs, "batch": batch, "learning_rate": rate,
         "labels": term.labels, "patience": max(3, epochs // 4),
@@ -135,7 +136,7 @@ def _distil(facts: Facts, reasons: list[str]) -> dict[str, object]:
 def _effort(facts: Facts, samples: int) -> tuple[int, int, float]:
     """Batch, epochs and learning rate."""
     if facts.shortens:
-        return 32, max(2, min(10, round(SHORT_STEPS * 32 / samples))), 2e-4
+        return 32, max(1, min(10, round(SHORT_STEPS * 32 / samples))), 2e-4
     if facts.teacher == "transformer":
         return 32, 3, 1e-4
     return 64, max(3, min(30, STEPS * 64 // samples)), 3e-3
