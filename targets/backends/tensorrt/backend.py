@@ -62,6 +62,11 @@ class _Job:
         return options.input_shapes(self.artifact.inputs, options.dimension_ranges(self.settings, self.profile))
 
     @property
+    def sparse(self) -> bool:
+        """May the builder take kernels that skip two of four weights, where the weights have that pattern?"""
+        return "2:4" in self.profile.sparsity.faster
+
+    @property
     def stem(self) -> str:
         return self.artifact.name.replace("/", "-")
 
@@ -72,6 +77,7 @@ class _Job:
             "onnx": str(self.artifact.path.resolve()),
             "engine": engine,
             "workspace_mib": self.settings.workspace_mib,
+            "sparse_weights": self.sparse,
             "shapes": self.shapes,
             "compute_capabilities": [capability] if flavour == "rtx" else [],
         }
@@ -268,7 +274,7 @@ def _write_kit(job: _Job, reason: str) -> Compiled:
     findings = _validate_with_rtx(job)
     content = {"artifact": job.artifact.name, "capability": job.profile.compute.capability, "validation": findings}
     folder = job.out / f"{job.stem}.trtkit"
-    files = build_kit.write_kit(folder, job.artifact.path, job.shapes, job.settings.workspace_mib, content)
+    files = build_kit.write_kit(folder, job.artifact.path, job.shapes, job.settings.workspace_mib, content, sparse=job.sparse)
     return Compiled(
         path=files[0],
         artifact=job.artifact,

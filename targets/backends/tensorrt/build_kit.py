@@ -42,7 +42,7 @@ exec "$TRTEXEC" "${{flags[@]}}" "$@"
 """
 
 
-def trtexec_flags(shapes: Shapes, workspace_mib: int) -> list[str]:
+def trtexec_flags(shapes: Shapes, workspace_mib: int, *, sparse: bool = False) -> list[str]:
     """Flags that say what :func:`builder.build` does through the API."""
     flags = [
         f"--onnx={MODEL}",
@@ -53,6 +53,7 @@ def trtexec_flags(shapes: Shapes, workspace_mib: int) -> list[str]:
         "--timingCacheFile=timing.cache",
         "--skipInference",
     ]
+    flags += ["--sparsity=enable"] if sparse else []
     dynamic = {name: three for name, three in shapes.items() if three[0] != three[2]}
     for position, word in enumerate(("min", "opt", "max")):
         if dynamic:
@@ -62,7 +63,7 @@ def trtexec_flags(shapes: Shapes, workspace_mib: int) -> list[str]:
 
 
 def write_kit(
-    folder: Path, onnx_path: Path, shapes: Shapes, workspace_mib: int, facts: Mapping[str, Any]
+    folder: Path, onnx_path: Path, shapes: Shapes, workspace_mib: int, facts: Mapping[str, Any], *, sparse: bool = False
 ) -> tuple[Path, ...]:
     """Write the kit as a whole or not at all. Returns its files, the manifest first."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +72,7 @@ def write_kit(
         draft.mkdir()
         _copy_model(onnx_path, draft / MODEL)
         shutil.copyfile(Path(__file__).with_name("builder.py"), draft / "build_engine.py")
-        flags = "\n".join(f"  {shlex.quote(flag)}" for flag in trtexec_flags(shapes, workspace_mib))
+        flags = "\n".join(f"  {shlex.quote(flag)}" for flag in trtexec_flags(shapes, workspace_mib, sparse=sparse))
         write_atomic(draft / "build.sh", _BUILD_SH.format(engine=ENGINE, flags=flags))
         (draft / "build.sh").chmod(0o755)
         content = {
@@ -81,7 +82,7 @@ def write_kit(
             "onnx_digest": file_digest(draft / MODEL),
             "engine": ENGINE,
             "tensorrt": ">=10.3",
-            "request": {"shapes": shapes, "workspace_mib": workspace_mib},
+            "request": {"shapes": shapes, "workspace_mib": workspace_mib, "sparse_weights": sparse},
             **facts,
         }
         write_manifest(draft / MANIFEST, content)

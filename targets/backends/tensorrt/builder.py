@@ -135,6 +135,8 @@ def configure(trt: Any, builder: Any, request: Mapping[str, Any]) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(request["workspace_mib"]) << 20)
+    if request.get("sparse_weights"):
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     capabilities = request.get("compute_capabilities") or []
     if request["flavour"] == "rtx" and capabilities:
         members = trt.ComputeCapability.__members__
@@ -149,8 +151,8 @@ def configure(trt: Any, builder: Any, request: Mapping[str, Any]) -> Any:
 def build(trt: Any, request: Mapping[str, Any], journal: Journal) -> dict[str, Any]:
     """Parse, build and write the engine.
 
-    ``request``: flavour, onnx, engine (output path, or "" to stop after parsing), workspace_mib, shapes {input: [min,
-    opt, max]}, compute_capabilities (RTX only). Returns what the builder said about the engine. Raises RefusalError.
+    ``request``: flavour, onnx, engine (output path, or "" to stop after parsing), workspace_mib, sparse_weights, shapes
+    {input: [min, opt, max]}, compute_capabilities (RTX only). Returns what the builder said about the engine. Raises RefusalError.
     """
     logger = make_logger(trt, journal)
     builder = trt.Builder(logger)
