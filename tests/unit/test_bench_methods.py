@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from compressor.distil.objectives import registry
+from compressor.distil.probes.paired import interval, verdict
 from compressor.recipe import DistilStage
 from tools.bench_methods import rows, text_rows
 from tools.bench_methods.arms import LABELS, Arm, Row
 from tools.bench_methods.store import Store
-from tools.bench_methods.verdicts import interval, verdict
 
 ROWS = {**rows.robust(), **text_rows.rows(), **rows.proposals()}
 

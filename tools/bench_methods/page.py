@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from compressor.distil.probes.paired import interval, verdict
 from tools.bench_methods import pictures as pixels
 from tools.bench_methods import rows as pictures
 from tools.bench_methods import text, text_rows
@@ -18,7 +19,6 @@ from tools.bench_methods.lab import BATCH, Lab
 from tools.bench_methods.networks import fresh
 from tools.bench_methods.store import Store
 from tools.bench_methods.text import Text
-from tools.bench_methods.verdicts import interval, verdict
 from tools.bench_methods.vision import Vision
 
 HEAD = (
