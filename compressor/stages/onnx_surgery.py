@@ -28,7 +28,9 @@ def prune_onnx(run: Run, before: Artifact, stage: PruneStage) -> Artifact:
         "calibration": run.data.digests["calibration"],
         "round_to": round_to,
         "seed": run.recipe.seed,
-        "code": code_digest("prune", "models/structure/groups", "models/onnx_graph", "models/onnx_facts"),
+        "code": code_digest(
+            "prune", "masks", "models/structure/groups", "models/patterns", "models/onnx_graph", "models/onnx_facts"
+        ),
     }
     result = run.ledger.stage("prune-onnx", key, lambda folder: _cut(run, before.path, stage, round_to, folder))
     path = result.folder / MODEL_FILE
@@ -46,6 +48,8 @@ def prune_onnx(run: Run, before: Artifact, stage: PruneStage) -> Artifact:
 def _cut(run: Run, path: Path, stage: PruneStage, round_to: int, folder: Path) -> StageOutput:
     from compressor.prune.onnx import prune
 
+    if stage.zeros is not None:
+        return _zeros(path, stage, folder)
     batches = list(_calibration(run))
     done = prune(
         read_model(path), run.samples("calibration", 2), stage, batches, round_to=round_to, seed=run.recipe.seed
@@ -60,6 +64,16 @@ def _cut(run: Run, path: Path, stage: PruneStage, round_to: int, folder: Path) -
         metrics |= {"macs_before": done.macs_before, "macs_after": done.macs_after}
     metrics |= {f"distance after {way}": value for way, value in done.distances.items()}
     return StageOutput(metrics, done.facts)
+
+
+def _zeros(path: Path, stage: PruneStage, folder: Path) -> StageOutput:
+    from compressor.models.onnx_facts import count_parameters
+    from compressor.prune.onnx.sparsity import sparsify
+
+    done = sparsify(read_model(path), stage)
+    save_model(done.model, folder / MODEL_FILE)
+    count = count_parameters(done.model)
+    return StageOutput({"parameters_after": count, "masked_weights": done.weights, "zeros": done.zeros}, done.facts)
 
 
 def _calibration(run: Run) -> Iterator[Inputs]:

@@ -50,9 +50,12 @@ def check(model: ModelProto, example: Batch, config: PruneStage) -> list[Problem
     A request that matches nothing, that would empty a node or drop whole layers, a protect pattern that matches no
     node. ``where`` is the key inside the stage. Runs two samples of ``example`` (inputs by name, batch first).
     """
+    from compressor.prune.onnx import sparsity
     from compressor.prune.onnx.graph import find_structure
     from compressor.prune.onnx.trace import prepare
 
+    if config.zeros is not None:
+        return sparsity.check(model, config)
     try:
         structure = find_structure(prepare(model), example)
     except StageError as error:
