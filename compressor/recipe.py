@@ -49,8 +49,8 @@ class MoreTeacher(TeacherView):
 class TeacherConfig(TeacherView):
     """Where the trained model is.
 
-    ``model`` is a Hugging Face checkpoint folder, a hub id, or an ``.onnx`` file. It is left out when the model is a
-    Python factory, given on the command line as ``--model pkg.mod:factory``.
+    ``model`` is a Hugging Face checkpoint folder, a hub id, a ``.gguf`` file, or an ``.onnx`` file. It is left out when
+    the model is a Python factory, given on the command line as ``--model pkg.mod:factory``.
     """
 
     model: str | None = None
@@ -220,7 +220,7 @@ class PruneStage(Frozen):
             if other - {"importance"} or self.scope not in ("uniform", "global"):
                 raise ValueError("`sparsity` and `pattern` make zeros and cut nothing: give the cut a stage of its own")
             if "importance" in other and self.importance != "magnitude":
-                raise ValueError("zeros are chosen by `importance = \"magnitude\"`")
+                raise ValueError('zeros are chosen by `importance = "magnitude"`')
             return self
         if (self.scope in ("latency", "sensitivity")) != (self.target_speedup is not None):
             raise ValueError('`scope = "latency"` or `"sensitivity"` and `target_speedup` need each other')

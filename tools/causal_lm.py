@@ -129,9 +129,15 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+        self.rows: dict[str, dict[str, Any]] = {}
+        self._read()
+
+    def _read(self) -> None:
+        """Another process may have added rows."""
+        self.rows |= json.loads(self.path.read_text()) if self.path.is_file() else {}
 
     def add(self, name: str, row: dict[str, Any]) -> None:
+        self._read()
         self.rows[name] = row
         write_atomic(self.path, json.dumps(self.rows, indent=1) + "\n")
         print(name, json.dumps(row), flush=True)

@@ -27,7 +27,7 @@ Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on s
 Out = Annotated[Path, typer.Option("--out", help="Folder for the store, the runs and the packages.")]
 Model = Annotated[
     str | None,
-    typer.Option("--model", help="Checkpoint folder, hub id, model.onnx, or pkg.mod:factory (your own code)."),
+    typer.Option("--model", help="Checkpoint folder, hub id, model.gguf or .onnx, or pkg.mod:factory (your own code)."),
 ]
 Data = Annotated[
     str | None, typer.Option("--data", help="Folder, csv/json/parquet/npz file, hub id, or pkg.mod:loader.")

@@ -1,0 +1,110 @@
+"""Half of a small causal language model against the same network from nothing (methods U1, N3).
+
+python -m tools.bench_lm_pruning [--build build] [--work build/bench/lm-pruning] [--seeds 5]
+
+For each seed the ``prune`` stage cuts neurons and key-value heads by activation on its own calibration text, so that
+half of the parameters outside the embedding go; a copy of the result gets new weights. Both are then distilled from the
+whole model for the same steps on the same text. Judged by perplexity on test. Resumable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from compressor.distil.generation import language_model
+from compressor.prune import prune
+from compressor.recipe import PruneStage
+from tools.causal_lm import BATCH, Results, World, drawn, forget, open_world, perplexity, train
+
+STAGE = PruneStage(kind="prune", neurons=0.56, heads=0.34, importance="activation")
+CALIBRATION = 32  # blocks
+STEPS = 12
+JUDGED = 32  # test blocks
+KD: list[dict[str, Any]] = [{"use": "kd", "options": {"temperature": 1.0}}]
+RATES = {"pruned": 3e-4, "scratch": 1e-3}
+
+
+def cut(world: World, seed: int) -> nn.Module:
+    """Half of the teacher, as the prune stage makes it."""
+    calibration = drawn(world.train, CALIBRATION, 2000 + seed)
+    rows = np.arange(CALIBRATION)
+    batches = [
+        {name: torch.from_numpy(value) for name, value in calibration.batch(rows[at : at + BATCH]).items()}
+        for at in range(0, CALIBRATION, BATCH)
+    ]
+    return prune(world.teacher, batches[0], STAGE, batches, seed=seed).module
+
+
+def from_nothing(module: nn.Module, seed: int) -> nn.Module:
+    """The same network with weights drawn as the model's own configuration draws them."""
+    made = copy.deepcopy(module)
+    model: Any = language_model(made)
+    spread = model.config.initializer_range
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, spread, generator=generator)
+            else:
+                parameter.fill_(1.0 if "norm" in name else 0.0)
+    return made
+
+
+def outside_embedding(module: nn.Module) -> int:
+    """Parameters without the (tied) embedding."""
+    model: Any = language_model(module)
+    return sum(p.numel() for p in module.parameters()) - int(model.get_input_embeddings().weight.numel())
+
+
+def arm(world: World, name: str, student: nn.Module, seed: int, work: Path) -> dict[str, Any]:
+    """Distil and judge."""
+    before = perplexity(student, world.test, JUDGED)
+    text = drawn(world.train, STEPS * BATCH, 1000 + seed)
+    settings = {"objective": KD, "learning_rate": RATES[name]}
+    train(student, world.teacher, text, settings, seed=seed, work=work, digest=world.model.provenance.digest)
+    return {"before": before, "perplexity": perplexity(student, world.test, JUDGED)}
+
+
+def run(world: World, work: Path, seeds: int, results: Results) -> None:
+    """Everything that has no figures yet."""
+    if "teacher" not in results.rows:
+        facts = {"perplexity": perplexity(world.teacher, world.test, JUDGED)}
+        results.add("teacher", {**facts, "outside_embedding": outside_embedding(world.teacher)})
+    for seed in range(1, seeds + 1):
+        missing = [name for name in RATES if f"{name}-{seed}" not in results.rows]
+        if not missing:
+            continue
+        began = time.process_time()
+        half = cut(world, seed)
+        facts = {"outside_embedding": outside_embedding(half), "prune_seconds": round(time.process_time() - began, 1)}
+        for name in missing:
+            folder = work / f"{name}-{seed}"
+            student = copy.deepcopy(half) if name == "pruned" else from_nothing(half, seed)
+            results.add(f"{name}-{seed}", {**facts, **arm(world, name, student, seed, folder)})
+            forget(folder)
+
+
+def main() -> None:
+    """Train what is missing, print every row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build", type=Path, default=Path("build"))
+    parser.add_argument("--work", type=Path, default=Path("build/bench/lm-pruning"))
+    parser.add_argument("--seeds", type=int, default=5)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    results = Results(options.work / "results.json")
+    run(open_world(options.build), options.work, options.seeds, results)
+    print(json.dumps(results.rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
