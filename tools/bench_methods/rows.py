@@ -79,7 +79,16 @@ def fractions() -> dict[str, Row]:
 
 def proposals() -> dict[str, Row]:
     """O checks of methods.md that nobody had run."""
-    return {**temperatures(), **comparators(), **few_classes(), **several(), **unlabelled(), **exits(), **weak()}
+    return {
+        **temperatures(),
+        **comparators(),
+        **few_classes(),
+        **several(),
+        **unlabelled(),
+        **exits(),
+        **weak(),
+        **zeros(),
+    }
 
 
 def temperatures() -> dict[str, Row]:
@@ -198,3 +207,13 @@ def exits() -> dict[str, Row]:
         "deep-supervision": Row("labels and exits that are dropped > labels, 2000 images",
                                 taught(2000, stage(1.0, inside)), plain(2000), ids="E1"),
     }  # fmt: skip
+
+
+def zeros() -> dict[str, Row]:
+    """Four of five weights of a trained network become zero while it trains on."""
+    growing = {"masks": {"sparsity": 0.8}}
+    alone = stage(1.0, **growing)
+    beside = stage(1.0, objective("squarehead", match={"proj": "none"}), **growing)
+    here: dict[str, Any] = {"start": "copied", "network": "middle", "steps": 200}
+    return {"squarehead": Row("80 % zeros in a copy of the teacher: labels and squarehead > labels, 2000 images",
+                              taught(2000, beside, "first", **here), Arm(2000, alone, **here), ids="U3")}  # fmt: skip

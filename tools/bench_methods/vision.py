@@ -118,6 +118,8 @@ class Vision:
         if arm.start in ("pruned", "pruned, redrawn"):
             small = self._pruned(seed)
             return small if arm.start == "pruned" else redrawn(small, 100 + seed)
+        if arm.start == "copied":
+            return copy.deepcopy(self.teacher("first"))
         assert arm.start == "truncated", arm.start
         example = {"image": torch.from_numpy(pictures.held("ten", "validation").pictures[:4])}
         return make_student(self.teacher("residual"), TRUNCATED, example, seed=seed).module
