@@ -1,10 +1,10 @@
 """What the training loop costs: ratios from one interleaved run, printed as a table (or JSON with ``--json``).
 
 - ``step over hand-written``: a step of ``distil`` with an online teacher over a plain PyTorch step that does the same
-  (same student, teacher, batch, loss, fused AdamW, schedule, clipping). Goal: at most 1.10.
+  (same student, teacher, batch, loss, fused AdamW, schedule, clipping). Goal: at most 1.05.
 - ``cached step over labels only``: a step with the teacher in the bank over a plain step without a teacher. Goal: 1.10.
 
-    python tools/bench_distil.py [--rounds 3] [--samples 4096] [--batch 64] [--json]
+    python -m tools.bench_distil [--rounds 3] [--samples 4096] [--batch 64] [--json]
 """
 
 from __future__ import annotations
