@@ -181,6 +181,13 @@ def _distil_line(stage: DistilStage, null_twin: bool) -> str:
     return f"{line}; two extra fits for the labels' weight: on labels alone{own}, on the teacher alone{each}"
 
 
+def _masks(stage: DistilStage) -> str:
+    """What the stage takes away while it trains."""
+    if stage.masks is not None:
+        return f"; zeros grow to {stage.masks.zeros.shown}"
+    return "" if stage.cofi is None else f"; masks learn which {stage.cofi.target:.0%} of the weights go"
+
+
 def _settings(stage: StudentStage | PruneStage) -> str:
     given = stage.model_dump(exclude={"kind"}, exclude_defaults=True)
     return ", ".join(f"{name} {value}" for name, value in given.items()) or "as it is"
