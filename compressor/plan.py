@@ -173,7 +173,7 @@ def steps_of(recipe: Recipe, kind: str) -> tuple[str, ...]:
 def _distil_line(stage: DistilStage, null_twin: bool) -> str:
     objectives = ", ".join(item.use for item in stage.objective) or "labels only"
     times = f"{stage.rounds} rounds of " if stage.rounds > 1 else ""
-    line = f"distil: {times}{stage.epochs} epochs, labels x{shown(stage.labels)} + {objectives}"
+    line = f"distil: {times}{stage.epochs} epochs, labels x{shown(stage.labels)} + {objectives}{_masks(stage)}"
     if stage.labels != "estimate":
         return line
     own = " (the null twin's)" if null_twin else ""
