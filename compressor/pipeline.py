@@ -115,8 +115,8 @@ class Pipeline:
         student, twin = self._lines(run)
         if twin is None:
             raise StageError("there is no null twin to compare with", hint="Leave --seeds out.")
-        files = [export(run, line)[0] for line in (student, twin)]
-        return Pair(seed, *files, tuple(ledger.results))
+        exported, twin_file = (export(run, line)[0] for line in (student, twin))
+        return Pair(seed, exported, twin_file, tuple(ledger.results))
 
     def variants(self, student: Artifact, profile: HardwareProfile) -> tuple[tuple[Artifact, ...], Mapping[str, str]]:
         """The int8 candidates of a profile, quantized once for equal rules, and what was not made. The promise of

@@ -301,7 +301,7 @@ class Recipe(Frozen):
     """A whole run as data."""
 
     name: str = "run"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] = 0  # of split, order, dropout; `run --seeds N` trains with the next ones too
     teacher: TeacherConfig = TeacherConfig()
     data: DataConfig = DataConfig()
     accept: AcceptConfig = AcceptConfig()

@@ -16,6 +16,7 @@ part can be imported. Nothing of torchvision takes part in the comparison.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import logging
 import statistics
@@ -49,16 +50,14 @@ def load_rival(folder: Path) -> str:
     """Make torchdistill importable from its folder; its version and torchvision's."""
     sys.path.append(str(folder.resolve()))
     try:
-        import torchvision
+        importlib.import_module("torchvision")
     except RuntimeError:
         for name in [name for name in sys.modules if name.startswith("torchvision")]:
             del sys.modules[name]
         for name in ("nms", "qnms"):
             torch.library.define(f"torchvision::{name}", NMS)
-        import torchvision  # noqa: F401
-    import torchdistill.core.distillation
-    import torchdistill.losses.mid_level  # noqa: F401  # registers KDLoss
-
+        importlib.import_module("torchvision")
+    importlib.import_module("torchdistill.losses.mid_level")  # registers KDLoss
     logging.getLogger("torchdistill").setLevel(logging.WARNING)
     found = {name: importlib.metadata.version(name) for name in ("torchdistill", "torchvision")}
     return ", ".join(f"{name} {version}" for name, version in found.items())
@@ -90,13 +89,12 @@ class Rival:
     """torchdistill's training, advanced one step at a time."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, data: Pictures, orders: list[list[int]]) -> None:
-        from torchdistill.core.distillation import get_distillation_box
-
+        core = importlib.import_module("torchdistill.core.distillation")
         assert data.labels is not None
         dataset = TensorDataset(torch.from_numpy(data.pictures), torch.from_numpy(data.labels))
         self._orders, self._current = orders, list(orders[0])
         config = rival_config(len(orders), self._current)
-        self.box = get_distillation_box(
+        self.box = core.get_distillation_box(
             teacher.eval(), student, {"train": dataset}, config, torch.device("cpu"), None, False, 1
         )
         self.whole: list[float] = []

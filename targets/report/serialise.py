@@ -23,7 +23,6 @@ from targets.outcome import PairedSeeds, ParityRow, ProfileOutcome, Row, RunSumm
 
 SCHEMA_VERSION = "1.0"
 _SUBJECT = "report.json"
-SEED_FIGURES = ("student_validation", "twin_validation", "student_test", "twin_test")
 
 
 def to_json(summary: RunSummary, folder: Path | None = None) -> str:
@@ -102,11 +101,21 @@ def _finite_seeds(found: PairedSeeds | None) -> PairedSeeds | None:
     if found is None:
         return None
     rows = tuple(
-        dataclasses.replace(row, **{name: _finite_figure(getattr(row, name)) for name in SEED_FIGURES})
+        dataclasses.replace(
+            row,
+            student_validation=_finite_figure(row.student_validation),
+            twin_validation=_finite_figure(row.twin_validation),
+            student_test=_finite_figure(row.student_test),
+            twin_test=_finite_figure(row.twin_test),
+        )
         for row in found.rows
     )
-    teacher = {name: _finite_figure(getattr(found, name)) for name in ("teacher_validation", "teacher_test")}
-    return dataclasses.replace(found, rows=rows, **teacher)
+    return dataclasses.replace(
+        found,
+        rows=rows,
+        teacher_validation=_finite_figure(found.teacher_validation),
+        teacher_test=_finite_figure(found.teacher_test),
+    )
 
 
 def _finite_row(row: Row) -> Row:
