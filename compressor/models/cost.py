@@ -27,9 +27,16 @@ def count_macs(module: nn.Module, example: Mapping[str, Tensor]) -> int:
 
 def macs_by_layer(module: nn.Module, example: Mapping[str, Tensor]) -> dict[str, int]:
     """Multiply-accumulates by module name, inner modules included in outer ones; ``""`` is the whole."""
-    counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
-    with evaluating(module), counter:
-        run(module, few_samples(example, 1))
+    counter = FlopCounterMode(display=False, custom_mapping=_MORE)
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    try:
+        for weight in trained:  # the counter cannot take a weight that wants a gradient as a layer's input
+            weight.requires_grad_(False)
+        with evaluating(module), counter:
+            run(module, few_samples(example, 1))
+    finally:
+        for weight in trained:
+            weight.requires_grad_(True)
     counts = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
     root = type(module).__name__
     named = {name.removeprefix(f"{root}."): count for name, count in counts.items() if name.startswith(f"{root}.")}
@@ -42,4 +49,12 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
     return 2 * batch * heads * length * key[2] * (size + value[3])
 
 
-_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+def _grouped_flops(rows: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """Each row times the matrix of one expert, weights (experts, inputs, outputs)."""
+    return 2 * rows[0] * weight[-2] * weight[-1]
+
+
+_MORE = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._grouped_mm: _grouped_flops,
+}

@@ -52,7 +52,7 @@ def check(module: nn.Module, example: Batch, config: PruneStage) -> list[Problem
     """
     from compressor.models.structure.surgery import FORWARD_ERRORS
     from compressor.models.structure.units import find_groups
-    from compressor.prune import latency, sparsity
+    from compressor.prune import experts, latency, sparsity
     from compressor.prune.choose import candidates, problems_of
 
     if config.zeros is not None:
@@ -63,6 +63,7 @@ def check(module: nn.Module, example: Batch, config: PruneStage) -> list[Problem
         return [Problem("model", f"cannot be followed on its example input: {type(error).__name__}: {error}")]
     names = [name for name, _ in module.named_modules()]
     found = problems_of(groups, names, config) + _layer_problems(module, example, config)
+    found += experts.problems_of(module, example, config)
     return found or latency.problems_of(module, example, candidates(groups, config), config)
 
 
@@ -90,11 +91,14 @@ def prune(
     Raises :class:`PlanError` for what :func:`check` finds, :class:`StageError` when activation importance has no data.
     """
     from compressor.models.cost import count_macs, count_parameters
+    from compressor.prune.experts import drop_experts
 
     batches = calibration if not hasattr(calibration, "__next__") else list(calibration)
     _require(module, example, config, batches)
     before = count_parameters(module), count_macs(module, example)
     work, record, facts = _drop_layers(module, example, config, batches, seed)
+    work, steps, more = drop_experts(work, example, config, batches, seed)
+    record, facts = record + steps, facts + more
     made = _cut_width(work, example, config, batches, _How(round_to, seed, repair, cost, curves))
     after = count_parameters(made.module), count_macs(made.module, example)
     return Pruned(

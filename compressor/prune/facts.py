@@ -48,6 +48,8 @@ def why_kept(group: Group, config: PruneStage) -> str:
         return f"protected by `{pattern}`"
     if group.hard or group.soft:
         return "; ".join((*group.hard, *group.soft))
+    if group.units == 1:
+        return "is a single unit: its parts can only go together"
     if not ratio_for(config, group.kind):
         return f"no ratio was asked for {group.kind}"
     if config.target_speedup is not None:

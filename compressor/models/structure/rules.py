@@ -131,14 +131,15 @@ def part(call: Call) -> list[Value]:
     value = call.value_of(tensor)
     sizes = [out.shape[axis] for out in outputs]
     for layer in list(value.layers):
-        if layer.shape[axis] > 1 and sizes != [tensor.shape[axis]]:
+        if layer.shape[axis] > 1 and sizes not in ([tensor.shape[axis]], [0]):
             replace(value, layer, _cut_axis(call, layer, axis, sizes))
     made = [[] for _ in outputs]  # type: list[list[Tensor]]
     for layer in value.layers:
         parts = call.func(layer.expand(tensor.shape), *call.args[1:], **call.kwargs)
         for position, moved in enumerate(tree_leaves(parts)):
             made[position].append(call.space.collapse(moved))
-    return [Value([layer for layer in layers if axes_of(layer)], param=value.param) for layers in made]
+    free = value.free - {axis}
+    return [Value([layer for layer in layers if axes_of(layer)], free, value.param) for layers in made]
 
 
 def _cut_axis(call: Call, layer: Tensor, axis: int, sizes: Sequence[int]) -> Tensor:

@@ -62,6 +62,18 @@ def addmm(call: Call) -> list[Value]:
     return [combine(call.space, [(made, shape), (call.value_of(bias), tuple(bias.shape))])]
 
 
+def grouped_mm(call: Call) -> list[Value]:
+    """Every row times the matrix of its expert: (T, K) by (experts, K, N). The experts are no units here."""
+    from compressor.models.structure.rules import unknown
+
+    x, weight = call.args[:2]
+    if x.dim() != 2 or weight.dim() != 3:
+        return unknown(call)
+    value = call.value_of(weight)
+    inside = Value([layer.squeeze(0) for layer in value.layers if layer.shape[0] == 1], param=value.param)
+    return [product(call.space, (call.value_of(x), x), (inside, weight[0]))]
+
+
 def convolution(call: Call) -> list[Value]:
     x, weight, bias = call.args[:3]
     transposed, groups = bool(call.args[6]), int(call.args[8])
@@ -261,7 +273,7 @@ def _bias(call: Call, heads: list[Tensor]) -> None:
         plane = layer_along(call.value_of(tensor), 1)
         if plane is not None and heads:
             call.space.union(plane, heads[0])
-        elif tensor.shape[1] > 1:
+        elif tensor.shape[1] > 1 and 1 not in call.value_of(tensor).free:
             for layer in heads:
                 call.space.freeze(layer, "is biased by a tensor of fixed size")
         elif plane is not None:
@@ -273,6 +285,7 @@ NN_RULES: dict[str, Rule] = {
     "bmm": mm,
     "addmm": addmm,
     "baddbmm": addmm,
+    "_grouped_mm": grouped_mm,
     "convolution": convolution,
     "_convolution": convolution,
     "native_batch_norm": batch_norm,

@@ -62,22 +62,22 @@ def _attempt(
     steps = record_of(module, cuts, by_value)
     try:
         student = replay(module, steps)
-        found = _outputs(student, example)
+        found = outputs_of(student, example)
     except FORWARD_ERRORS as error:
         return f"its forward fails on the smaller layer ({type(error).__name__}: {error})".split("\n")[0]
-    if exact and not _agree(_outputs(mask(module, cuts), example), found):
+    if exact and not agree(outputs_of(mask(module, cuts), example), found):
         return "the smaller layer does not compute what the masked one does"
     return student, steps
 
 
-def _outputs(module: nn.Module, example: Mapping[str, Tensor]) -> list[Tensor]:
+def outputs_of(module: nn.Module, example: Mapping[str, Tensor]) -> list[Tensor]:
     with evaluating(module):
         output = run(module, few_samples(example))
     output = list(output.values()) if isinstance(output, Mapping) else output
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _agree(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
+def agree(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
     return len(wanted) == len(found) and all(
         a.shape == b.shape and float((a - b).abs().max()) <= TOLERANCE * max(1.0, float(a.abs().max()))
         for a, b in zip(wanted, found, strict=True)

@@ -22,6 +22,8 @@ from compressor.models.structure.rules import RULES, Call, default_rule
 
 FRACTION_OF_A_BATCH = 2  # samples that are enough to follow shapes; two, because size 1 would look like a broadcast
 
+CONSTANTS = {f"aten::{name}" for name in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")}
+
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
@@ -86,6 +88,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        if func._schema.name in CONSTANTS:  # of one value: as many of it as are wanted
+            self._remember(output, Value(free=frozenset(range(output.dim()))))
+            return output
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(self.value(tensor).layers or self.value(tensor).free for tensor in tensors) or _expands(func):
             self._propagate(func, args, kwargs or {}, output)
