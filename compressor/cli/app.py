@@ -140,16 +140,21 @@ def profiles_show(name: Annotated[str, typer.Argument(help="Profile name or TOML
 
 
 @methods_app.command("list")
-def methods_list(json: Json = False) -> None:
-    """List the registered distillation objectives."""
-    from compressor.cli.listing import methods_list_command
+def methods_list(
+    papers: Annotated[bool, typer.Option("--papers", help="All papers of the catalogue instead, by id.")] = False,
+    json: Json = False,
+) -> None:
+    """List the registered distillation objectives, or the papers of the catalogue."""
+    from compressor.cli.listing import methods_list_command, methods_rows_command
 
-    raise typer.Exit(methods_list_command(as_json=json))
+    raise typer.Exit(methods_rows_command(as_json=json) if papers else methods_list_command(as_json=json))
 
 
 @methods_app.command("show")
-def methods_show(name: Annotated[str, typer.Argument(help="Objective, e.g. kd.")], json: Json = False) -> None:
-    """Show one objective: formula, signals it needs, options, paper."""
+def methods_show(
+    name: Annotated[str, typer.Argument(help="Objective, catalogue id or paper: kd, X1, GKD.")], json: Json = False
+) -> None:
+    """Show one objective, id or paper: what it is, signals it needs, options, paper, a recipe to paste."""
     from compressor.cli.listing import methods_show_command
 
     raise typer.Exit(methods_show_command(name, as_json=json))

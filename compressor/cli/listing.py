@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from compressor.cli.output import facts, stdout_json, table
+from compressor.errors import ConfigError
 from compressor.profile import load_profile, profile_names
 
 if TYPE_CHECKING:
+    from compressor.distil.catalogue import Row
     from compressor.recommend import Facts
 
 
@@ -73,6 +76,21 @@ def profiles_show_command(name: str, *, as_json: bool) -> int:
     return 0
 
 
+def methods_rows_command(*, as_json: bool) -> int:
+    """Every row of the catalogue: built, a recipe, or not offered and why."""
+    from compressor.distil.catalogue import rows
+
+    if as_json:
+        stdout_json([{**vars(row), "recipe": row.text} for row in rows()])
+        return 0
+    found = [
+        [row.id, row.title, row.status, ", ".join(row.built) or row.reason or row.part or row.note] for row in rows()
+    ]
+    table(["id", "method", "status", "by, or why not"], found)
+    print("`compress-for-device methods show ID` prints one with its recipe.")
+    return 0
+
+
 def methods_list_command(*, as_json: bool) -> int:
     """Every registered objective with its first line, by family."""
     from compressor.distil.catalogue import family, ids_of
@@ -91,6 +109,59 @@ def methods_list_command(*, as_json: bool) -> int:
 
 
 def methods_show_command(name: str, *, as_json: bool) -> int:
+    """An objective, a catalogue id or a paper: what it is, needs, defaults, when to use it, a recipe to paste."""
+    from compressor.distil.catalogue import find, known_names
+    from compressor.distil.objectives.registry import names
+
+    if name in names():
+        return _show_objective(name, as_json=as_json)
+    found = find(name)
+    if not found:
+        near = get_close_matches(name, known_names(), n=1)
+        what = "neither an objective nor a paper of the catalogue" + (f"; did you mean `{near[0]}`?" if near else "")
+        raise ConfigError.single("the command line", "NAME", what, hint="See `compress-for-device methods list`.")
+    if len(found) > 1:
+        if as_json:
+            stdout_json([vars(row) for row in found])
+            return 0
+        print(f"`{name}` may be one of these; show one by its id")
+        table(["id", "method", "status"], [[row.id, row.title, row.status] for row in found])
+        return 0
+    return _show_row(found[0], as_json=as_json)
+
+
+def _show_row(row: Row, *, as_json: bool) -> int:
+    from compressor.distil.catalogue import parts_of, when_of
+    from compressor.distil.objectives.registry import describe
+
+    used, keys = parts_of(row.text)
+    used = tuple(dict.fromkeys([*row.built, *used]))
+    described = [describe(item) for item in used]
+    when = row.when or "; ".join(filter(None, (when_of(item.text) for item in described[:1])))
+    online = {"teacher's outputs": "online: the teacher judges what the student writes"} if "rollouts" in keys else {}
+    needs = {item: _reads(item) | online for item in used}
+    defaults = {d.name: ", ".join(f"{option} = {value}" for option, _, value in d.options) for d in described}
+    if as_json:
+        more = {"recipe": row.text, "when": when, "objectives": used, "needs": needs, "defaults": defaults}
+        stdout_json({**vars(row), **more})
+        return 0
+    print(f"{row.id}: {row.title} ({row.status})\n")
+    what = row.what or (described[0].summary if described else row.part)
+    facts({name: text for name, text in {
+        "what": what, "paper": row.paper or "title not known here", "when": when, "note": row.note, "part": row.part,
+        "not offered": row.reason, "objectives": ", ".join(used), "stage keys": ", ".join(keys),
+    }.items() if text})  # fmt: skip
+    for item in used:
+        print(f"\n{item}: needs")
+        facts(needs[item])
+        if defaults[item]:
+            facts({"defaults": defaults[item]})
+    if row.text:
+        print(f"\nrecipe to paste\n\n{row.text}")
+    return 0
+
+
+def _show_objective(name: str, *, as_json: bool) -> int:
     """One objective: what it is, what it needs, defaults, paper, when to use it, and a recipe to paste."""
     from compressor.distil.catalogue import family, ids_of, recipe_of, waits_for, when_of
     from compressor.distil.objectives.registry import describe

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,6 +14,7 @@ from compressor.distil.objectives import registry
 from compressor.distil.objectives.base import Counts, Needs
 
 FILE = Path(__file__).with_name("catalogue.toml")
+PAPERS = Path(__file__).with_name("papers.toml")
 Status = Literal["built", "recipe", "not offered"]
 # What a classifier of the usual kind offers: enough to ask an objective what it would read.
 USUAL: Counts = {
@@ -51,6 +54,15 @@ class Row:
     recipe: str = ""
     reason: str = ""  # why it is not offered
     note: str = ""
+    paper: str = ""
+    what: str = ""
+    when: str = ""
+    names: tuple[str, ...] = ()  # under which people look for it
+
+    @property
+    def text(self) -> str:
+        """A recipe to paste: its own, or that of the first objective that carries it; empty when there is none."""
+        return self.recipe or (recipe_of(self.built[0]) if self.built else "")
 
 
 @cache
@@ -64,8 +76,15 @@ def rows() -> tuple[Row, ...]:
     return tuple(_row(name, item) for name, item in _data()["rows"].items())
 
 
+@cache
+def _papers() -> dict[str, Any]:
+    return tomllib.loads(PAPERS.read_text(encoding="utf-8"))
+
+
 def _row(name: str, item: dict[str, Any]) -> Row:
-    status: Status = "not offered" if "not_offered" in item else "recipe" if "recipe" in item else "built"
+    carried = "built" in item or "part" in item
+    status: Status = "not offered" if "not_offered" in item else "built" if carried else "recipe"
+    more = _papers().get(name, {})
     return Row(
         name,
         item["title"],
@@ -75,7 +94,47 @@ def _row(name: str, item: dict[str, Any]) -> Row:
         item.get("recipe", "").strip(),
         item.get("not_offered", ""),
         item.get("note", ""),
+        more.get("paper", ""),
+        " ".join(more.get("what", "").split()),
+        more.get("when", ""),
+        tuple(more.get("names", ())),
     )
+
+
+def find(name: str) -> tuple[Row, ...]:
+    """The rows that an id (``X1``), a paper's short name (``GKD``) or words of a title mean; several if it is unclear.
+
+    An id wins over a name, a name over the beginning of a title, that over words in it.
+    """
+    wanted = name.casefold().strip()
+    plain = re.sub(r"[^a-z0-9]+", "", wanted)
+    if not plain:
+        return ()
+    tests: tuple[Callable[[Row], bool], ...] = (
+        lambda row: row.id.casefold() == wanted,
+        lambda row: plain in {re.sub(r"[^a-z0-9]+", "", known.casefold()) for known in row.names},
+        lambda row: re.sub(r"[^a-z0-9]+", "", row.title.partition(":")[0].casefold()) == plain,
+        lambda row: wanted in row.title.casefold() or wanted in row.paper.casefold(),
+    )
+    for test in tests:
+        found = tuple(row for row in rows() if test(row))
+        if found:
+            return found
+    return ()
+
+
+def known_names() -> tuple[str, ...]:
+    """Everything ``methods show`` understands: objectives, ids and short names of papers."""
+    return (*registry.names(), *(row.id for row in rows()), *(known for row in rows() for known in row.names))
+
+
+def parts_of(recipe: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The objectives that a recipe names, and the keys of its stages that do the rest (``rollouts``, ``strategy``)."""
+    stages = tomllib.loads(recipe).get("stage", []) if recipe else []
+    used = {item["use"]: None for stage in stages for item in stage.get("objective", [])}
+    plain = {"kind", "objective", "labels", "epochs", "batch", "learning_rate", "weight_decay"}
+    keys = {key: None for stage in stages for key in stage if key not in plain}
+    return tuple(used), tuple(keys)
 
 
 def ids_of(objective: str) -> tuple[str, ...]:

@@ -64,8 +64,9 @@ class Contrastive(Matched):
     pooled to 1x1, 2x2 and 4x4, each place is a sample of its own, summed over scales.
 
     Shapes: any feature, pooled to (B, d): mean over space or real tokens; a linear map where widths differ.
-    Paper: Gao et al., "DistilCSE", 2021 (methods R3); ICL of Yang et al., "CLIP-KD", 2024 (W1: cross); multi-scale
-    decoupled contrast after Wang et al., 2025 (F6: scales, temperature 0.1).
+    Paper: Gao et al., "DistilCSE: Effective Knowledge Distillation For Contrastive Sentence Embeddings", 2021 (methods
+    R3); ICL of Yang et al., "CLIP-KD", 2024 (W1: cross); multi-scale decoupled contrast after Wang et al., 2025 (F6:
+    scales, temperature 0.1; title unverified).
     Defaults: match logits with logits, temperature 0.05, queue 0, cross false, scales "1".
     When: embeddings for search. A queue longer than the data set holds the sample itself as a negative.
     Worked number: orthogonal [1,0] and [0,1], student = teacher, temperature 1: ln(1 + 1/e) = 0.313262.

@@ -40,8 +40,9 @@ class MultiExit(SignalObjective):
     z_k = W_k pool(h_k) + b_k; pool: mean over space, or over real tokens.
 
     Shapes: exit[k] (B, C) and logits (B, C) of the student; labels (B,). No teacher signals.
-    Paper: "One Model to Train them All: Hierarchical Self-Distillation" (ModularStarEncoder), 2025; the KL between
-    exits as in sentence-transformers' AdaptiveLayerLoss (methods E1).
+    Paper: Gurioli et al., "One Model to Train them All: Hierarchical Self-Distillation for Enhanced Early Layer
+    Embeddings" (ModularStarEncoder), 2025; the KL between exits as in sentence-transformers' AdaptiveLayerLoss (methods
+    E1).
     Defaults: `blocks` empty: an exit after every block but the last; or their numbers, from 0, as "0 2". temperature 1,
     labels 1. `export`: `none` drops the exits (deep supervision), `outputs` ships each as a further output `exit_<k>`,
     `exit` makes exit number `exit` the student's only output, and the file ends there.

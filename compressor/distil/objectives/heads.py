@@ -81,7 +81,7 @@ class SubclassEmbedding(_NewHead):
     what its own classifier reads was projected away. Embeddings without a label go to the teacher's class.
 
     Shapes: teacher pooled (B, d) and logits (B, C), student subclasses (B, C * S).
-    Paper: Sandler et al., "Linear Projections of Teacher Embeddings for Few-Class Distillation", 2024 (methods L8); the
+    Paper: Loo et al., "Linear Projections of Teacher Embeddings for Few-Class Distillation", 2024 (methods L8); the
     placement of `sharpness` is ours.
     Defaults: subclasses 5, sharpness 1. The student keeps its C * S outputs and their log-sum-exp when it is exported.
     When: two to ten classes, where soft labels say little. One pass over the training set first.

@@ -55,8 +55,9 @@ class PlackettLuce(LogitObjective):
     of candidates as the row (hard negatives among easy ones) this is contrastive partial ranking.
 
     Shapes: logits (N, C) of both models with labels (N,), or (N, T, C) with labels (N, T); same classes.
-    Paper: "PLD: A Choice-Theoretic List-Wise Knowledge Distillation", 2025, arXiv 2506.12542 (methods L4); partial
-    lists: after contrastive partial ranking distillation, CPRD, 2024 (methods W10, form ours).
+    Paper: Bassam et al., "PLD: A Choice-Theoretic List-Wise Knowledge Distillation", 2025 (methods L4); partial lists:
+    after Chen et al., "How to Make Cross Encoder a Good Teacher for Efficient Image-Text Retrieval?" (CPRD), 2024
+    (methods W10, form ours).
     Defaults: temperature 1 (of the teacher's weights), first label, weights teacher, top 0: all places.
     When: classification without a mixing weight to tune; better than labels alone from 500 to 10 000 images.
     Worked number: the logits of `kd` with labels 0, 1, 2 give 0.966879.
