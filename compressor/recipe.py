@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from compressor.config import Frozen, read_toml, validate
 from compressor.language import LoRA, Rollouts, Sequences
-from compressor.masks import CoFi, Masks, Pattern, Sparsity, Zeros, given_zeros
+from compressor.masks import CoFi, Masks, Pattern, SparseUpdate, Sparsity, Zeros, given_zeros
 from compressor.schedule import LabelWeight, Option, Weight
 from compressor.strategy import Negatives, Strategy
 from compressor.types import Task
@@ -96,6 +96,7 @@ class DataConfig(Frozen):
     label: str | None = None
     target: str | None = None  # encoder-decoder models: the column of what they shall write
     score: str | None = None  # column of offline scores of pairs of texts: what a teacher (or a person) says of them
+    domain: str | None = None  # column of each sample's domain, for the strategy `mix`
     labels: tuple[str, ...] | None = None  # class names in order of the teacher's outputs
     validation: Positive = 0.1
     calibration: Positive = 0.02
@@ -265,10 +266,11 @@ class DistilStage(Frozen):
     lora: LoRA | None = None  # train low-rank additions to the weights only
     masks: Masks | None = None  # zeros that grow while it trains
     cofi: CoFi | None = None  # masks that learn which units go
+    sparse_update: SparseUpdate | None = None  # only a share of the weights changes
 
     @model_validator(mode="after")
     def _one_kind_of_masks(self) -> DistilStage:
-        given = [name for name in ("masks", "cofi", "lora") if getattr(self, name) is not None]
+        given = [name for name in ("masks", "cofi", "sparse_update", "lora") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"`{given[0]}` and `{given[1]}` do not go together: give each a stage of its own")
         if self.cofi is not None and self.patience is not None:

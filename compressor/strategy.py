@@ -88,7 +88,7 @@ class MixStrategy(Frozen):
     """
 
     use: Literal["mix"]
-    by: Literal["part", "label"] = "part"  # domains: labelled and transfer data, or the classes
+    by: Literal["part", "label", "domain"] = "part"  # labelled and transfer data, the classes, or `data.domain`
     smoothing: Annotated[float, Field(ge=0, le=1)] = 0.5
     probe: Annotated[int, Field(ge=1)] = 256  # samples of each domain that are scored
 

@@ -11,6 +11,7 @@ from compressor.data import pairs
 from compressor.data.arrays import ArraySplit, ArrayStore, array_store
 from compressor.data.blocks import packed
 from compressor.data.contamination import check_duplicates
+from compressor.data.domains import domains_of
 from compressor.data.gate import check_near
 from compressor.data.images import ImageSplit, PictureStore, picture_store
 from compressor.data.labels import encode_labels
@@ -67,15 +68,17 @@ def load_data(
         for name, (home, index) in kept.items()
     }
     _check_shapes(splits, model)
+    domains = domains_of(raw, kept, splits, stores)
     return DataBundle(
         splits=splits,
         labels=config.labels or model.labels or raw.names,
         source=raw.source,
-        digests={name: _fingerprint(split) for name, split in splits.items()},
+        digests={name: _fingerprint(split, domains.get(name)) for name, split in splits.items()},
         duplicates_dropped=clean.dropped,
         notes=(*raw.notes, *notes, *clean.notes, *_truncation(stores)),
         examples=_examples(raw, *kept["validation"], model.task),
         rows=kept,
+        domains=domains,
         near=near,
     )
 
@@ -273,9 +276,9 @@ def _check_shapes(splits: Mapping[str, Split], model: LoadedModel) -> None:
         )
 
 
-def _fingerprint(split: Split) -> str:
+def _fingerprint(split: Split, domains: Array | None = None) -> str:
     judged, groups = getattr(split, "judgements", None), getattr(split, "groups", None)
-    found = [split.labels, judged, *([groups.members, groups.starts, groups.scores] if groups is not None else [])]
+    found = [split.labels, domains, judged, *([groups.members, groups.starts, groups.scores] if groups is not None else [])]
     return array_digest(split.digests, *(array for array in found if array is not None))
 
 

@@ -29,6 +29,7 @@ class RawPart:
     samples: Any  # Array | Sequence[Encoded] | Sequence[Text] | Mapping[str, Array], as `kind` says
     labels: Sequence[Any] | Array | None = None
     scores: Sequence[Any] | None = None  # of pairs of texts, as they stand in the source
+    domains: Sequence[Any] | None = None  # of each sample, where the source has such a column
 
     def __len__(self) -> int:
         if isinstance(self.samples, Mapping):

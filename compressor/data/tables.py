@@ -7,7 +7,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,10 +181,10 @@ def _from_datasets(table: Any, datasets: Any) -> Table:
     return Table({column: list(table[column]) for column in table.column_names}, None, names)
 
 
-def table_part(
+def _table_part(
     table: Table, config: DataConfig, subject: str, *, labelled: bool = True
 ) -> tuple[RawPart, tuple[str, ...]]:
-    """A table as samples and labels (or targets), and the class names of its label column.
+    """A table as samples, labels (or targets) and domains, and the class names of its label column.
 
     Columns are those of the recipe, or found by their usual names. A table without text or pictures is a feature matrix
     float32 (N, F) of its other columns.
@@ -212,6 +212,19 @@ def table_part(
         samples = [*zip(texts, table.columns[second], strict=True)] if second else texts
         return RawPart("texts", samples, labels, scores), names
     return RawPart("arrays", {ONLY: _matrix(table, rest, subject)}, labels), names
+
+
+def table_part(
+    table: Table, config: DataConfig, subject: str, *, labelled: bool = True
+) -> tuple[RawPart, tuple[str, ...]]:
+    """:func:`_table_part` without the column of domains, which stands beside the samples."""
+    known = config.domain is not None and (labelled or config.domain in table.columns)  # further data may lack it
+    domain = _column(table, config.domain, (), "data.domain", subject) if known else None
+    if domain is None:
+        return _table_part(table, config, subject, labelled=labelled)
+    rest = replace(table, columns={name: cells for name, cells in table.columns.items() if name != domain})
+    part, names = _table_part(rest, config, subject, labelled=labelled)
+    return replace(part, domains=table.columns[domain]), names
 
 
 def _named(value: Any, names: Sequence[str]) -> Any:

@@ -56,4 +56,5 @@ class DataBundle:
     notes: tuple[str, ...] = field(default=())
     examples: tuple[Any, ...] = ()  # the first validation samples before pre-processing: a string or a uint8 picture
     rows: Mapping[str, tuple[str, Array]] = field(default_factory=dict)  # part -> raw part it is taken from, positions
+    domains: Mapping[str, Array] = field(default_factory=dict)  # train, transfer -> int64 (N,): `data.domain`
     near: tuple[NearDuplicates, ...] = ()  # what the search for near duplicates found, per part and test set

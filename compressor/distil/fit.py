@@ -49,6 +49,8 @@ def fit_problems(
     found += _group_problems(stage, where, getattr(data.splits["train"], "groups", None), processes)
     found += _memory_problems(stage, where, module, processes)
     found += _strategy_problems(stage, where, example)
+    if any(isinstance(item, MixStrategy) and item.by == "domain" for item in stage.strategy) and not data.domains:
+        found.append(Problem(f"{where}.strategy", "mix by domain needs the column of domains: give `data.domain`"))
     found += _estimate_problems(stage, where, task, data)
     if stage.data == "transfer" and "transfer" not in data.splits:
         found.append(Problem(f"{where}.data", "there is no transfer part; give `data.transfer`"))

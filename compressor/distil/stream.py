@@ -19,6 +19,7 @@ from compressor.models.signals import output_mask
 from compressor.types import Array
 
 UNLABELLED = -100  # torch's ignore index of cross-entropy
+UNKNOWN = -1  # domain of samples whose source has none
 POOL_BATCHES = 16  # samples of this many batches are grouped by length
 
 
@@ -36,6 +37,7 @@ class TrainingSet:
         self._known = self.labels  # the digest is of these: the teacher's outputs do not depend on labels made later
         self.digests = np.concatenate([np.asarray(part.digests, dtype="S16") for part in parts])
         self.owners = np.repeat(np.arange(len(parts)), np.diff(self._starts))  # 0: train, 1: transfer
+        self.domains: Array | None = None  # int64 (N,): `data.domain`
         self._rows: Array | None = None  # of the parts, when only some take part
         self.groups: Groups | None = getattr(parts[0], "groups", None)  # of the labelled part
 
@@ -52,6 +54,10 @@ class TrainingSet:
         if train is None or len(train) == 0:
             raise StageError("there is nothing to train on", hint="The train part of the data is empty.")
         found = cls([train] if transfer is None or len(transfer) == 0 else [train, transfer])
+        if data.domains:
+            sizes = {name: len(data.splits[name]) for name in ("train", "transfer")[: len(found._parts)]}
+            parts = [data.domains.get(name, np.full(size, UNKNOWN)) for name, size in sizes.items()]
+            found.domains = np.concatenate(parts)
         if which == "all" or transfer is None:
             return found
         return found.take(np.flatnonzero(found.owners == (1 if which == "transfer" else 0)))
@@ -70,6 +76,7 @@ class TrainingSet:
         made._known = self._known[kept]
         made.labels = (self.labels if labels is None else labels)[kept]
         made.digests, made.owners = self.digests[kept], self.owners[kept]
+        made.domains = None if self.domains is None else self.domains[kept]
         left = None if self.groups is None else self.groups.among(np.asarray(kept), len(self))
         made.groups = left if left is not None and len(left) else None
         return made

@@ -132,7 +132,14 @@ class Stream:
 
 
 def domains(data: TrainingSet, by: str) -> list[Array]:
-    """Positions of each domain: the parts of the data, or the classes (samples without one are a domain too)."""
+    """Positions of each domain: the parts of the data, the classes, or what ``data.domain`` says.
+
+    Samples without a class or domain are a domain too.
+    """
+    if by == "domain":
+        if data.domains is None:
+            raise StageError("mix by domain needs the domain of each sample", hint="Name its column in `data.domain`.")
+        return [np.flatnonzero(data.domains == key) for key in np.unique(data.domains)]
     if by == "label" and data.labels.ndim != 1:
         raise StageError("mix by label needs one class a sample", hint='Set by = "part".')
     keys = data.owners if by == "part" else data.labels
