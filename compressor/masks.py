@@ -107,6 +107,17 @@ class Masks(Frozen):
         return found
 
 
+class SparseUpdate(Frozen):
+    """Only a share of the weights may differ from what they were when the stage began (methods T5).
+
+    Ansell et al., "Composable Sparse Fine-Tuning for Cross-Lingual Transfer", 2022 (lottery ticket): all weights train
+    first, the largest changes are kept, every weight goes back, and these alone train again.
+    """
+
+    share: Sparsity  # of all trained weights
+    select: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the run that finds them
+
+
 class CoFi(Frozen):
     """Masks that learn which layers, heads, neurons, channels and hidden dimensions go (CoFi; methods U2).
 

@@ -22,18 +22,34 @@ def zeros_of(recipe: Recipe) -> Iterator[tuple[int, str, Zeros]]:
 def sparsity_problems(recipe: Recipe, profiles: Sequence[HardwareProfile]) -> list[Problem]:
     """Stages that would destroy the zeros, and a speed that only zeros could give where they give none."""
     found = list(zeros_of(recipe))
-    return _order_problems(recipe, found[0][0]) + _speed_problems(recipe, profiles, found[-1][2]) if found else []
+    problems = _round_problems(recipe)
+    if found:
+        problems += _order_problems(recipe, found[0][0]) + _speed_problems(recipe, profiles, found[-1][2])
+    return problems
+
+
+def _round_problems(recipe: Recipe) -> list[Problem]:
+    """A cut in rounds trains between its steps: masks of that training would be cut by the next step."""
+    problems = []
+    for position, stage in enumerate(recipe.stage[1:], 1):
+        before = recipe.stage[position - 1]
+        if not isinstance(stage, DistilStage) or not isinstance(before, PruneStage) or before.rounds == 1:
+            continue
+        for name in ("masks", "cofi", "sparse_update"):
+            if getattr(stage, name) is not None:
+                what = f"cannot be cut into the {before.rounds} rounds of stage {position - 1}: give it a later stage"
+                problems.append(Problem(f"stage.{position}.distil.{name}", what))
+    return problems
 
 
 def _order_problems(recipe: Recipe, first: int) -> list[Problem]:
     problems = []
     for position, stage in enumerate(recipe.stage[first + 1 :], first + 1):
         cuts = isinstance(stage, StudentStage) or (isinstance(stage, PruneStage) and stage.zeros is None)
-        learns = isinstance(stage, DistilStage) and (stage.cofi or stage.lora)
-        if cuts or learns:
-            what = f"comes after stage {first} made zeros, whose pattern it would destroy: put it before"
-            key = "" if cuts else ".cofi" if stage.kind == "distil" and stage.cofi else ".lora"
-            problems.append(Problem(f"stage.{position}.{stage.kind}{key}", what))
+        asked = ("cofi", "lora", "sparse_update") if isinstance(stage, DistilStage) else ()
+        keys = [f".{name}" for name in asked if getattr(stage, name) is not None] or ([""] if cuts else [])
+        what = f"comes after stage {first} made zeros, whose pattern it would destroy: put it before"
+        problems += [Problem(f"stage.{position}.{stage.kind}{key}", what) for key in keys]
     return problems
 
 

@@ -128,7 +128,14 @@ class Setup:
         # the student is not wrapped: gradients are added up once a step, with the counts they are divided by
         prepared = self.accelerator.prepare(chosen)
         # after the optimiser and the frozen names, which are those of the plain student
-        self.masking = masking_of(self.student, self.config, self._example, seed_of(self.seed, "masks"), self.round_to)
+        self.masking = masking_of(
+            self.student,
+            self.config,
+            self._example,
+            seed_of(self.seed, "masks"),
+            self.round_to,
+            prepared.optimizer,
+        )
         # the null twin draws at random where the student's own losses choose
         losses = None if self.labels_only else self.choosing.losses(self.data, source, cached="logits" in layouts)
         parts = Parts(

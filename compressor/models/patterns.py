@@ -107,9 +107,17 @@ def _largest(scores: Mapping[str, Floats], sparsity: float, *, pooled: bool) -> 
     return found
 
 
+def largest(values: Floats, share: float) -> Bools:
+    """True for the round(share * n) largest of flat ``values``; of equal ones the first."""
+    return _all_but_smallest(values, values.size - math.floor(share * values.size + 0.5))
+
+
 def _all_but(values: Floats, share: float) -> Bools:
     """True for all but the round(share * n) smallest; of equal values the first stay."""
-    gone = math.floor(share * values.size + 0.5)
+    return _all_but_smallest(values, math.floor(share * values.size + 0.5))
+
+
+def _all_but_smallest(values: Floats, gone: int) -> Bools:
     if gone == 0:
         return np.ones(values.size, dtype=np.bool_)
     if gone >= values.size:
@@ -126,4 +134,4 @@ def _spread(chosen: Bools, block: tuple[int, int], shape: tuple[int, ...]) -> Bo
     return wide[: shape[0], ..., : shape[-1]]
 
 
-__all__ = ["Axes", "cubic", "kept", "why_not"]
+__all__ = ["Axes", "cubic", "kept", "largest", "why_not"]

@@ -48,3 +48,12 @@ def test_a_cut_after_zeros_is_refused_and_more_zeros_are_not():
     assert not sparsity_problems(recipe(ZEROS, {"kind": "distil"}, {"kind": "prune", "sparsity": 0.9}), ())
     learns = recipe({"kind": "distil", "masks": {"sparsity": 0.5}}, {"kind": "distil", "cofi": {"target": 0.5}})
     assert places(sparsity_problems(learns, ())) == ["stage.1.distil.cofi"]
+
+
+def test_masks_cannot_be_cut_into_rounds():
+    rounds = {"kind": "prune", "ratio": 0.5, "rounds": 2}
+    for key, value in (("masks", {"sparsity": 0.5}), ("cofi", {"target": 0.5}), ("sparse_update", {"share": 0.1})):
+        assert places(sparsity_problems(recipe(rounds, {"kind": "distil", key: value}), ())) == [
+            f"stage.1.distil.{key}"
+        ]
+        assert not sparsity_problems(recipe(rounds, {"kind": "distil"}, {"kind": "distil", key: value}), ())

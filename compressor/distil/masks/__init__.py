@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compressor.distil.masks.base import Masking, NoMasking
 from compressor.errors import Problem
@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 def masking_of(
-    student: nn.Module, config: DistilStage, example: Callable[[], Mapping[str, Tensor]], seed: int, round_to: int
+    student: nn.Module,
+    config: DistilStage,
+    example: Callable[[], Mapping[str, Tensor]],
+    seed: int,
+    round_to: int,
+    optimiser: Any,
 ) -> Masking:
     """What accompanies the steps of a stage: masks that learn, zeros that grow or are kept, or nothing.
 
@@ -26,6 +31,10 @@ def masking_of(
         from compressor.distil.masks.cofi import LearntMasks
 
         return LearntMasks(student, example(), config.cofi, seed, round_to)
+    if config.sparse_update is not None:
+        from compressor.distil.masks.updates import FewUpdates
+
+        return FewUpdates(student, config.sparse_update, optimiser)
     from compressor.distil.masks.zeros import KeptZeros
     from compressor.models.sparse import masked
 
