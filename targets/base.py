@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from compressor.profile import HardwareProfile
 from compressor.types import Array, Artifact, Format, Measurement, Origin
@@ -81,12 +81,22 @@ class Session(Protocol):
     def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]: ...
 
 
+@runtime_checkable
+class SelfTimed(Session, Protocol):
+    """A session whose model runs where this process's clock does not reach: in a browser, on a board."""
+
+    def times_ns(self, inputs: Mapping[str, Array], count: int) -> Sequence[int]:
+        """Run ``count`` times on the same inputs; how long each run took over there, in ns."""
+        ...
+
+
 class TargetBackend(abc.ABC):
     """One runtime or compiler. SDK imports stand inside the methods; only ``measure.py`` measures time."""
 
     name: ClassVar[str]
     accepts: ClassVar[frozenset[Format]]
     summary: ClassVar[str]  # one line for `compress-for-device targets`
+    memory_apart: ClassVar[str] = ""  # why the memory of this process says nothing about the model; empty: it does
     float_error: ClassVar[float] = 1e-4  # relative, of a float32 file; larger where it is computed in float16
 
     @abc.abstractmethod

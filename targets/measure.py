@@ -31,6 +31,7 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -40,6 +41,18 @@ NORMAL_95 = 1.96  # two-sided 95 % quantile of the normal distribution
 
 Run = Callable[[int], object]  # runs the model once on input number i
 Kinds = Sequence[Hashable]  # of each input
+
+
+@runtime_checkable
+class Elsewhere(Protocol):
+    """A :data:`Run` whose model is not in this process (a browser, a board): each run is timed beside the model.
+
+    What lies between, a network or a pipe, is not in the figures; preemptions over there are not seen.
+    """
+
+    def times_ns(self, index: int, count: int) -> Sequence[int]:
+        """Run the model ``count`` times on input number ``index``; how long each run took, in ns."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -163,13 +176,7 @@ def _warm_up(run: Run, inputs: int, settings: Settings, clock: Clock) -> int:
     started = clock.now_ns()
     medians: list[float] = []
     while True:
-        times: list[int] = []
-        round_started = clock.now_ns()
-        while not times or clock.now_ns() - round_started < settings.warm_round_ms * 1e6:
-            before = clock.now_ns()
-            run(0)
-            times.append(clock.now_ns() - before)
-        medians.append(median(times))
+        medians.append(_warm_round(run, settings, clock))
         window = medians[-settings.warm_window :]
         steady = len(window) == settings.warm_window and max(window) <= min(window) * (1 + settings.steady)
         if steady or clock.now_ns() - started > settings.warm_budget_s * 1e9:
@@ -177,6 +184,20 @@ def _warm_up(run: Run, inputs: int, settings: Settings, clock: Clock) -> int:
     for index in range(1, inputs):
         run(index)
     return max(settings.min_runs, round(settings.turn_ms * 1e6 / max(min(medians), 1)))
+
+
+def _warm_round(run: Run, settings: Settings, clock: Clock) -> float:
+    """Median of about ``warm_round_ms`` of runs, in ns."""
+    if isinstance(run, Elsewhere):
+        first = max(run.times_ns(0, 1)[0], 1)
+        return median([first, *run.times_ns(0, max(1, round(settings.warm_round_ms * 1e6 / first)))])
+    times: list[int] = []
+    started = clock.now_ns()
+    while not times or clock.now_ns() - started < settings.warm_round_ms * 1e6:
+        before = clock.now_ns()
+        run(0)
+        times.append(clock.now_ns() - before)
+    return median(times)
 
 
 def _order(names: list[str], round_number: int) -> Sequence[str]:
@@ -188,6 +209,11 @@ def _order(names: list[str], round_number: int) -> Sequence[str]:
 
 def _turn(run: Run, track: _Track, index: int, priority: Priority, clock: Clock) -> tuple[int, int]:
     """One turn; returns its wall and CPU time in ns."""
+    if isinstance(run, Elsewhere):
+        wall, cpu = clock.now_ns(), clock.cpu_ns()
+        times = list(run.times_ns(index, track.count + 1))[1:]  # the first is untimed, as below
+        _book(track, times, times)
+        return clock.now_ns() - wall, clock.cpu_ns() - cpu
     clean: list[int] = []
     every: list[int] = []
     gc_was_on = gc.isenabled()
@@ -208,11 +234,15 @@ def _turn(run: Run, track: _Track, index: int, priority: Priority, clock: Clock)
     finally:
         if gc_was_on:
             gc.enable()
+    _book(track, clean, every)
+    return wall, cpu
+
+
+def _book(track: _Track, clean: list[int], every: list[int]) -> None:
     track.levels.append(float(median(clean)) if clean else float(min(every)))
     track.fastest.append(float(min(clean or every)))
     track.clean += clean
     track.every += every
-    return wall, cpu
 
 
 def _enough(tracks: Mapping[str, _Track], reference: str, kinds: Kinds, seconds: float, settings: Settings) -> bool:

@@ -1,4 +1,4 @@
-"""Vendor tool chains, each in a virtual environment of its own, made from a pinned lock file with hashes.
+"""Vendor tool chains, each in an environment of its own, made from a pinned lock file with hashes.
 
 The environment lies in the user's cache folder and is called through :mod:`targets.isolation`: one JSON request, one
 JSON reply, a time limit, a memory limit, and an end that becomes a typed error. The child is started with ``-I`` and
@@ -26,6 +26,7 @@ from typing import Any
 from compressor.config import suggestion
 from compressor.errors import CompileError, ConfigError, TargetUnavailable
 from compressor.types import write_atomic
+from targets import toolchain_node
 from targets.isolation import Limits, call_worker
 
 LOCKS = Path(__file__).parent / "toolchains"
@@ -38,19 +39,21 @@ _SMOKE = Limits(seconds=120, memory_mib=4096)
 
 @dataclass(frozen=True)
 class Toolchain:
-    """One vendor's tools: what they are for, where the worker script lies that speaks for them."""
+    """One vendor's tools: what they are for, where the worker script lies that speaks for them (None: npm packages)."""
 
     name: str
     title: str
     licence: str
-    worker: Path
+    worker: Path | None
 
     @property
     def lock(self) -> Path:
-        return LOCKS / f"{self.name}.lock"
+        return LOCKS / f"{self.name}.{'package-lock.json' if self.worker is None else 'lock'}"
 
     def pins(self) -> dict[str, str]:
         """Version by normalised package name, from the lock file."""
+        if self.worker is None:
+            return toolchain_node.pins(self.lock)
         return {_normal(name): version for name, version in _PIN.findall(self.lock.read_text(encoding="utf-8"))}
 
     @property
@@ -63,6 +66,11 @@ class Toolchain:
     @property
     def python(self) -> Path:
         return self.folder / "bin" / "python"
+
+    @property
+    def complete(self) -> bool:
+        """Was an installation from this very lock file finished?"""
+        return (self.folder / _MARK).is_file() and (self.worker is None or self.python.exists())
 
 
 CATALOGUE: Mapping[str, Toolchain] = {
@@ -83,6 +91,7 @@ CATALOGUE: Mapping[str, Toolchain] = {
             "Apache-2.0",
             _BACKENDS / "tflite_micro" / "worker.py",
         ),
+        Toolchain("web", "ONNX Runtime Web, WebAssembly for browsers (npm)", "MIT", None),
     )
 }
 
@@ -126,7 +135,7 @@ def status(name: str) -> Status:
     """What is there, from files alone: no network, no process."""
     item = find(name)
     state = State.ABSENT
-    if (item.folder / _MARK).is_file() and item.python.exists():
+    if item.complete:
         state = State.READY
     elif item.folder.exists():
         state = State.BROKEN
@@ -137,8 +146,7 @@ def status(name: str) -> Status:
 
 def is_ready(name: str) -> bool:
     """Is the tool chain installed from the present lock file? Cheap."""
-    item = find(name)
-    return (item.folder / _MARK).is_file() and item.python.exists()
+    return find(name).complete
 
 
 def install(name: str, *, wheels: Path | None = None, on_line: Callable[[str], None] | None = None) -> Status:
@@ -154,15 +162,22 @@ def install(name: str, *, wheels: Path | None = None, on_line: Callable[[str], N
         if not is_ready(name):
             shutil.rmtree(item.folder, ignore_errors=True)
             say(f"making {item.folder}")
-            _run([sys.executable, "-m", "venv", str(item.folder)], f"make the environment of `{name}`")
             say(f"installing {', '.join(f'{package} {version}' for package, version in item.pins().items())}")
-            _run(_pip(item, wheels), f"install the tool chain `{name}`")
+            _fill(item, wheels)
             facts = {"name": name, "lock": item.lock.read_text(encoding="utf-8"), "made": time.time()}
             write_atomic(item.folder / _MARK, json.dumps(facts, indent=1) + "\n")
     problems = verify(name)
     if problems:
         raise TargetUnavailable(f"tool chain `{name}` does not work: {'; '.join(problems)}", hint=_again(name))
     return status(name)
+
+
+def _fill(item: Toolchain, wheels: Path | None) -> None:
+    if item.worker is None:
+        toolchain_node.install(item.lock, item.folder, _run)
+        return
+    _run([sys.executable, "-m", "venv", str(item.folder)], f"make the environment of `{item.name}`")
+    _run(_pip(item, wheels), f"install the tool chain `{item.name}`")
 
 
 def _pip(item: Toolchain, wheels: Path | None) -> list[str]:
@@ -200,6 +215,8 @@ def verify(name: str) -> tuple[str, ...]:
     item = find(name)
     if not is_ready(name):
         return (f"it is {status(name).state}",)
+    if item.worker is None:
+        return tuple(toolchain_node.problems(item.lock, item.folder))
     found = {_normal(package.metadata["Name"]): package for package in distributions(path=[str(_site_packages(item))])}
     problems = [*_wrong_versions(item, found), *(text for pin in item.pins() for text in _changed(found.get(pin)))]
     if not problems:

@@ -12,17 +12,16 @@ from typing import Any
 import numpy as np
 
 from compressor.errors import CompressError, RunError, sdk_errors
-from compressor.evaluate import EvalSet, fill_batch, fit_inputs, fixed_batch, predict
+from compressor.evaluate import EvalSet, batch_size, fill_batch, fit_inputs, fixed_batch, predict
 from compressor.profile import HardwareProfile
 from compressor.types import Array, Artifact, Figure, Inputs, Measurement, Task, Unavailable
-from targets.base import Compiled, Session, TargetBackend
+from targets.base import Compiled, SelfTimed, Session, TargetBackend
 from targets.clock import Clock, pinned
 from targets.measure import Measured, Settings, Timing, measure
 from targets.memory import peak_memory
 from targets.site import Site
 
 EVALUATION_BATCH = 64
-LANGUAGE_BATCH = 8  # 8 x 128 tokens x 49152 words x 4 bytes = 192 MiB of logits
 NOT_MEASURED = Unavailable("not measured")
 Event = Callable[[str, Mapping[str, Any]], None]
 
@@ -93,7 +92,7 @@ def predictions(run: Deployment, trial: Trial, evalset: EvalSet) -> Array:
     if inputs_digest is not None and key in run.cache:
         return run.cache[key]
     with sdk_errors(RunError, f"run `{artifact.name}`"), site.open(trial.compiled) as session:
-        batch = LANGUAGE_BATCH if run.data.task == "causal-lm" else EVALUATION_BATCH
+        batch = batch_size(run.data.task, artifact.outputs[0].shape[-1], EVALUATION_BATCH)
         found = predict(session.run, evalset, batch, specs=artifact.inputs, task=run.data.task)
     if not np.isfinite(found).all():
         raise RunError(f"`{artifact.name}` gives NaN or infinite outputs")
@@ -125,6 +124,9 @@ def measure_all(run: Deployment) -> list[str]:
         assert trial.compiled is not None
         run.event("deploy", {"text": f"{run.profile.name}: memory of {trial.artifact.name}"})
         name, profile = run.backend.resolve(trial.artifact, run.profile)
+        if site.backend.memory_apart:
+            trial.memory = Unavailable(site.backend.memory_apart)
+            continue
         trial.memory = peak_memory(name, trial.compiled, profile, inputs[digest], site.device)
     run.event("deploy", {"text": f"{run.profile.name}: timing {len(files)} files in turn"})
     measured = _time(run, files, inputs)
@@ -168,7 +170,22 @@ def _time(run: Deployment, files: dict[str, Trial], inputs: dict[str, list[dict[
             return measure(runs, first, len(kinds), run.settings, run.clock, kinds)
 
 
+class _Elsewhere:
+    """A session that times its runs beside the model, over several inputs."""
+
+    def __init__(self, session: SelfTimed, samples: list[dict[str, Array]]) -> None:
+        self._session, self._samples = session, samples
+
+    def __call__(self, index: int) -> object:
+        return self._session.run(self._samples[index])
+
+    def times_ns(self, index: int, count: int) -> Sequence[int]:
+        return self._session.times_ns(self._samples[index], count)
+
+
 def _cycle(session: Session, samples: list[dict[str, Array]]) -> Callable[[int], object]:
+    if isinstance(session, SelfTimed):
+        return _Elsewhere(session, samples)
     call = session.run
     return lambda index: call(samples[index])
 

@@ -1,0 +1,180 @@
+"""A page on the loopback interface that runs a model, and the browser that shows it.
+
+The page asks for work (``job``) and brings results (``reply``); this process never calls into the browser. All paths
+begin with a secret, so that other pages of the browser cannot take part. ``Cross-Origin-*-Policy`` headers isolate the
+page: without that a browser gives WebAssembly neither threads nor a clock finer than 0.1 ms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import secrets
+import shutil
+import struct
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compressor.errors import RunError
+from compressor.types import Array
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+_FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions", "--disable-quic", "--disable-background-timer-throttling", "--disable-dev-shm-usage"]
+_KINDS = {".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm"}
+_WAIT_S = 20.0  # how long the page's question for work is held open
+_LARGEST_REPLY = 2**31
+
+
+def find_browser() -> str | None:
+    """A Chromium on the PATH."""
+    return next((found for name in BROWSERS if (found := shutil.which(name))), None)
+
+
+class Page:
+    """Files the page may fetch by name, work for it, and what it brings back."""
+
+    def __init__(self, files: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
+        self.files = dict(files)
+        self.settings = json.dumps(dict(settings)).encode()
+        self.jobs: queue.Queue[bytes] = queue.Queue()
+        self.replies: queue.Queue[bytes] = queue.Queue()
+        self.secret = secrets.token_urlsafe(16)
+        self.closed = threading.Event()
+
+
+def _handler(page: Page) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing on stderr."""
+
+        def _name(self) -> str | None:
+            _, secret, name = [*self.path.split("?")[0].split("/", 2), ""][:3]
+            return name if secrets.compare_digest(secret, page.secret) else None
+
+        def _send(self, status: int, body: bytes = b"", kind: str = "application/octet-stream") -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Cross-Origin-Opener-Policy", "same-origin")
+            self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            name = self._name()
+            if name == "settings.json":
+                self._send(200, page.settings, "application/json")
+            elif name == "job":
+                self._job()
+            elif name in page.files:
+                path = page.files[name]
+                self._send(200, path.read_bytes(), _KINDS.get(path.suffix, "application/octet-stream"))
+            else:
+                self._send(404)
+
+        def _job(self) -> None:
+            if page.closed.is_set():
+                self._send(410)
+                return
+            try:
+                self._send(200, page.jobs.get(timeout=_WAIT_S))
+            except queue.Empty:
+                self._send(204)
+
+        def do_POST(self) -> None:
+            size = int(self.headers.get("Content-Length", 0))
+            if self._name() != "reply" or not 0 < size < _LARGEST_REPLY:
+                self._send(404)
+                return
+            page.replies.put(self.rfile.read(size))
+            self._send(200)
+
+    return Handler
+
+
+def encode(header: Mapping[str, Any], arrays: Mapping[str, Array]) -> bytes:
+    """A message: header length, header, bytes of the arrays (see page/runner.js)."""
+    tensors, parts = [], []
+    for name, array in arrays.items():
+        content = np.ascontiguousarray(array)
+        tensors.append(
+            {"name": name, "type": str(content.dtype), "dims": list(content.shape), "bytes": int(content.nbytes)}
+        )
+        parts.append(content.tobytes())
+    head = json.dumps({**header, "tensors": tensors}).encode()
+    return struct.pack("<I", len(head)) + head + b"".join(parts)
+
+
+def decode(message: bytes) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Header and arrays of a message."""
+    (size,) = struct.unpack_from("<I", message)
+    header: dict[str, Any] = json.loads(message[4 : 4 + size])
+    arrays: dict[str, Array] = {}
+    offset = 4 + size
+    for item in header.pop("tensors", []):
+        end = offset + int(item["bytes"])
+        arrays[item["name"]] = np.frombuffer(message[offset:end], item["type"]).reshape(item["dims"])
+        offset = end
+    return header, arrays
+
+
+class Browser:
+    """A headless browser on the page; :meth:`ask` is one job and its reply."""
+
+    def __init__(self, page: Page, process: subprocess.Popen[bytes], timeout_s: float) -> None:
+        self._page, self._process, self._timeout_s = page, process, timeout_s
+
+    def ask(self, header: Mapping[str, Any], arrays: Mapping[str, Array]) -> tuple[dict[str, Any], dict[str, Array]]:
+        """Raises :class:`RunError` when the page says no, is too slow, or the browser ended."""
+        self._page.jobs.put(encode(header, arrays))
+        return self.wait("run the model in the browser")
+
+    def wait(self, doing: str) -> tuple[dict[str, Any], dict[str, Array]]:
+        """The next reply."""
+        left = self._timeout_s
+        while left > 0:
+            with contextlib.suppress(queue.Empty):
+                header, arrays = decode(self._page.replies.get(timeout=min(left, 1.0)))
+                if not header.pop("ok"):
+                    raise RunError(f"could not {doing}: {header.get('error', 'no reason given')}")
+                return header, arrays
+            if self._process.poll() is not None:
+                raise RunError(f"could not {doing}: the browser ended with code {self._process.returncode}")
+            left -= 1.0
+        raise RunError(f"could not {doing} within {self._timeout_s:g} s", hint="Raise `options.timeout_s`.")
+
+
+@contextmanager
+def browse(executable: str, page: Page, timeout_s: float) -> Iterator[Browser]:
+    """Serve the page and show it in a headless browser, until the context ends."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(page))
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_address[1]}/{page.secret}/index.html"
+    with tempfile.TemporaryDirectory(prefix="compress-web-", ignore_cleanup_errors=True) as profile:
+        command = [executable, *_FLAGS, f"--user-data-dir={profile}", address]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            yield Browser(page, process, timeout_s)
+        finally:
+            page.closed.set()
+            process.terminate()
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            server.shutdown()
+            server.server_close()
