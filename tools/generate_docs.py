@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from compressor import recipe, schedule, strategy
+from compressor import masks, recipe, schedule, strategy
 from compressor.profile import load_profile, profile_names
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -103,6 +103,9 @@ def recipe_page() -> str:
         '[[stage]] kind = "student"': recipe.StudentStage,
         '[[stage]] kind = "prune"': recipe.PruneStage,
         '[[stage]] kind = "distil"': recipe.DistilStage,
+        "[stage.masks]": masks.Masks,
+        "[stage.cofi]": masks.CoFi,
+        "[stage.sparse_update]": masks.SparseUpdate,
         "[[stage.objective]]": recipe.ObjectiveConfig,
         "match": recipe.Match,
         "schedule: a weight or option that changes": schedule.Schedule,
@@ -120,15 +123,15 @@ def recipe_page() -> str:
 def profiles_page() -> str:
     lines = [
         HEADER + "# Hardware profiles\n",
-        "| profile | device | target | processor | threads | channel multiple |",
-        "|---|---|---|---|---|---|",
+        "| profile | device | target | processor | threads | channel multiple | zeros that can make it faster |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in profile_names():
         item = load_profile(name)
         processor = "detected" if item.here == "this-machine" else item.compute.processor
         lines.append(
             f"| `{name}` | {item.title} | `{item.target}` | {processor} | {item.runtime.threads} "
-            f"| {item.constraints.channel_multiple} |"
+            f"| {item.constraints.channel_multiple} | {', '.join(item.sparsity.faster) or 'none'} |"
         )
     lines.append("\n`compress-for-device profiles show NAME` prints one with the source of each figure.")
     return "\n".join(lines) + "\n"
