@@ -246,7 +246,7 @@ class DistilStage(Frozen):
     labels: LabelWeight = 0.5  # weight of cross-entropy with the labels: a number, a schedule, or `"estimate"`
     rounds: Annotated[int, Field(ge=1)] = 1  # self-distillation: each further round learns from the one before
     objective: tuple[ObjectiveConfig, ...] = (ObjectiveConfig(use="kd", weight=0.5, options={"temperature": 2.0}),)
-    augment: tuple[Literal["flip", "shift", "erase", "token-drop"], ...] = ()
+    augment: tuple[Literal["flip", "shift", "erase", "token-drop", "mask"], ...] = ()
     views: Annotated[int, Field(ge=1)] = 1  # fixed augmented views a sample; the teacher is cached per view
     cache: Literal["auto", "on", "off"] = "auto"
     cache_logits: Annotated[int, Field(ge=1)] | None = None  # keep the teacher's k largest logits; all when left out

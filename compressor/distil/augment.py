@@ -20,19 +20,26 @@ SMALL_PIXELS = 16  # pictures up to this size (8x8 digits) shift by one pixel, l
 ERASED_SIDE = 3  # an erased square has a third of the picture's shorter side
 ERASE_PROBABILITY = 0.5
 DROP_PROBABILITY = 0.1  # of a token
+MASK_PROBABILITY = 0.15  # of a token
 
 
 def augment(
-    inputs: Mapping[str, Tensor], names: Sequence[str], positions: Array, view: int, seed: int
+    inputs: Mapping[str, Tensor],
+    names: Sequence[str],
+    positions: Array,
+    view: int,
+    seed: int,
+    mask_id: int | None = None,
 ) -> dict[str, Tensor]:
     """Apply the named augmentations to a batch of model inputs.
 
     Args:
         inputs: pictures float (B, C, H, W) or (B, H, W, C); tokens int64 (B, T) with an ``attention_mask``.
-        names: of ``flip shift erase token-drop``; those that do not fit an input leave it alone.
+        names: of ``flip shift erase token-drop mask``; those that do not fit an input leave it alone.
         positions: int64 (B,), position of each sample in the training set.
         view: which fixed view.
         seed: of the augmentation.
+        mask_id: the token that stands for a hidden one, for ``mask``.
     """
     found = dict(inputs)
     if not names:
@@ -42,6 +49,10 @@ def augment(
             found[name] = _picture(tensor, names, uniforms(seed, positions, view, 6))
     if "token-drop" in names and "attention_mask" in inputs:
         found.update(_drop_tokens(inputs, positions, view, seed))
+    if "mask" in names and mask_id is not None and "attention_mask" in inputs:
+        u = uniforms(seed ^ 0x6D61736B, positions, view, inputs["attention_mask"].shape[1])
+        hide = torch.from_numpy((u < MASK_PROBABILITY) & ~_special(inputs))
+        found["input_ids"] = torch.where(hide, mask_id, inputs["input_ids"])
     return found
 
 
@@ -130,6 +141,16 @@ def _drop_tokens(inputs: Mapping[str, Tensor], positions: Array, view: int, seed
         for name, tensor in inputs.items()
         if tensor.dim() == 2 and tensor.shape == mask.shape
     }
+
+
+def _special(inputs: Mapping[str, Tensor]) -> Array:
+    """(B, T) true at padding and at tokens like the first or last one of a sample ([CLS], [SEP])."""
+    mask, tokens = inputs["attention_mask"].numpy() != 0, inputs["input_ids"].numpy()
+    rows, length = np.arange(len(mask)), mask.shape[1]
+    first, last = mask.argmax(1), length - 1 - mask[:, ::-1].argmax(1)
+    ends = np.unique(np.concatenate([tokens[rows, first], tokens[rows, last]]))
+    found: Array = np.isin(tokens, ends) | ~mask
+    return found
 
 
 def _padding(tensor: Tensor, mask: Array) -> Tensor:

@@ -30,6 +30,7 @@ FAMILIES = {
     "features": "features and attention",
     "relations": "features and attention",
     "filters": "features and attention",
+    "masked": "language models",
     "contrast": "features and attention",
     "ladder": "features and attention",
     "layerwise": "features and attention",

@@ -17,49 +17,19 @@ from torch import Tensor, nn
 from compressor.distil.augment import augment, uniforms
 from compressor.distil.bank import BankKey, Layout
 from compressor.distil.objectives.base import Batch, Signals
+from compressor.distil.onnx_tap import OnnxTap
 from compressor.distil.panel import MAIN, Panel, Teacher
 from compressor.distil.stream import UNLABELLED, TrainingSet
 from compressor.distil.teachers import CachedTeacher, OnlineTeacher, TeacherSource
 from compressor.errors import StageError
 from compressor.models.signals import SignalTap, available, output_mask
-from compressor.types import Array, Inputs
+from compressor.types import Array
 
 STEPS = 200  # of the weights' fit: the likelihood of a mixture is concave in its weights
 LEAST_WEIGHT = 1e-6
 PROBE = 4
 BATCH = 256
 Place = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-
-
-class OnnxTap:
-    """An ONNX file as a teacher: its first output is ``logits``. Static batch sizes are filled up and cut again."""
-
-    def __init__(self, path: Path, inputs: Sequence[Any]) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises a dozen unrelated types
-            raise StageError(f"the teacher `{path}` cannot be run: {error}", hint="Check the file.") from error
-        self._specs = {spec.name: spec for spec in inputs}
-        first = next(iter(inputs)).shape[0]
-        self._static = first if isinstance(first, int) else None
-
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        arrays = {name: inputs[name].cpu().numpy().astype(spec.dtype) for name, spec in self._specs.items()}
-        count = len(next(iter(arrays.values())))
-        size = self._static or count
-        rows = [self._run({n: a[at : at + size] for n, a in arrays.items()}, size) for at in range(0, count, size)]
-        logits = np.concatenate(rows)[:count].astype(np.float32)
-        return {"logits": torch.from_numpy(logits).to(next(iter(inputs.values())).device)}
-
-    def _run(self, arrays: Inputs, size: int) -> Array:
-        missing = size - len(next(iter(arrays.values())))
-        full = {name: np.concatenate([array, array[-1:].repeat(missing, 0)]) for name, array in arrays.items()}
-        found: Array = self._session.run(None, full)[0]
-        return found
 
 
 @dataclass
@@ -350,7 +320,8 @@ class Sight:
     def load(self, member: Member, positions: Array, view: int) -> dict[str, Tensor]:
         """Inputs of these samples as this teacher sees them."""
         names = () if member.teacher.clean else self.augment
-        return self.place(augment(member.data.batch(positions), names, positions, view, self.seed))
+        hidden = member.data.mask_id
+        return self.place(augment(member.data.batch(positions), names, positions, view, self.seed, hidden))
 
 
 def sources(

@@ -51,6 +51,13 @@ def fit_problems(
     found += _strategy_problems(stage, where, example)
     if any(isinstance(item, MixStrategy) and item.by == "domain" for item in stage.strategy) and not data.domains:
         found.append(Problem(f"{where}.strategy", "mix by domain needs the column of domains: give `data.domain`"))
+    if "mask" in stage.augment:
+        from compressor.distil.stream import TrainingSet
+
+        if TrainingSet.of(data).mask_id is None:
+            found.append(Problem(f"{where}.augment", "`mask` needs a tokenizer with a mask token"))
+        if "token-drop" in stage.augment:
+            found.append(Problem(f"{where}.augment", "`mask` and `token-drop` do not go together"))
     found += _estimate_problems(stage, where, task, data)
     if stage.data == "transfer" and "transfer" not in data.splits:
         found.append(Problem(f"{where}.data", "there is no transfer part; give `data.transfer`"))

@@ -160,6 +160,7 @@ class Setup:
             label_signal=taught,
             rollouts=self._rollouts(),
             masking=self.masking,
+            hides="mask" in self.config.augment,
         )
         constant = {"precision": numerics.dtype, "channels_last": numerics.channels_last}
         return parts, constant | chosen_data | mined | {"cached": decision.cached, "cache_bytes": decision.bytes}
@@ -284,7 +285,8 @@ class Setup:
         return TopTap(tap, self.config.cache_logits, [objective.options.temperature for objective in read])
 
     def _load(self, numerics: Numerics, positions: Array, view: int) -> dict[str, Tensor]:
-        made = augment(self.data.batch(positions), self.config.augment, positions, view, self.augment_seed)
+        names, hidden = self.config.augment, self.data.mask_id
+        made = augment(self.data.batch(positions), names, positions, view, self.augment_seed, hidden)
         return numerics.place(made, self.device)
 
     def _prepare(self, weighted: Sequence[Weighted], tap: SignalTap, teacher: TeacherTap | None) -> dict[str, Layout]:

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.distil.ensemble import Ensemble
-from compressor.distil.masks.base import Masking, NoMasking
 from compressor.distil.groups import grouped, pair_term
+from compressor.distil.masks.base import Masking, NoMasking
 from compressor.distil.objectives.base import Batch, Signals, Step, Term
+from compressor.distil.objectives.masked import hidden_tokens
 from compressor.distil.objectives.multilabel import binary_label_term
 from compressor.distil.optim import MovingAverage, Thaw
 from compressor.distil.precision import Numerics
@@ -53,6 +54,7 @@ class Parts:
     rollouts: OnPolicy | None = None  # the student writes some of its batches itself
     label_signal: str = "logits"  # of the student: what cross-entropy with the labels teaches
     masking: Masking = field(default_factory=NoMasking)
+    hides: bool = False  # augmentation hides tokens, which an objective asks for
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,9 @@ class Gradients:
             partners = self._labels[torch.from_numpy(draw.partners)]
         labels = self._labels[torch.from_numpy(draw.positions)]
         batch = grouped(batch_of(labels, inputs, by_token=self.parts.data.by_token), draw, self.parts.stream.groups)
+        if self.parts.hides:
+            own = self.parts.data.batch(draw.positions)["input_ids"].to(inputs["input_ids"].device)
+            batch = replace(batch, masked=hidden_tokens(inputs["input_ids"], own))
         if self.parts.rollouts is not None:
             inputs, batch = self.parts.rollouts.step(inputs, batch, index)
         return Piece(draw, inputs, batch, partners)
@@ -280,7 +285,7 @@ class Gradients:
         return message[len(extra) : head], int(message[0]), bool(message[1] > 0)
 
 
-_FACTS = 6
+_FACTS = 7
 
 
 def _mixes_samples(module: nn.Module) -> bool:
@@ -291,7 +296,7 @@ def _mixes_samples(module: nn.Module) -> bool:
 
 
 def _facts(piece: Piece) -> Tensor:
-    """What counts can be multiples of: pieces, samples, labelled samples, tokens, taught and labelled tokens."""
+    """What counts can be multiples of: pieces, samples and labelled ones, tokens, taught, labelled and hidden ones."""
     labels, mask, taught = piece.batch.labels, piece.batch.mask, piece.batch.taught
     known = torch.zeros(1) if labels is None else (labels != UNLABELLED).reshape(len(labels), -1)
     return torch.tensor(
@@ -302,6 +307,7 @@ def _facts(piece: Piece) -> Tensor:
             0.0 if mask is None else float((mask != 0).sum()),
             0.0 if taught is None else float((taught != 0).sum()),
             float(known.sum()),
+            0.0 if piece.batch.masked is None else float((piece.batch.masked >= 0).sum()),
         ],
         dtype=torch.float64,
     )

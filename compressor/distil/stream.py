@@ -98,6 +98,13 @@ class TrainingSet:
         """Model inputs of these samples, in their order; text from both parts is padded to one length."""
         return self._gathered(positions, lambda part, index: part.batch(index))
 
+    @property
+    def mask_id(self) -> int | None:
+        """The token that stands for a hidden one, where the tokenizer has such a token."""
+        store = getattr(self._parts[0], "store", None)
+        found = getattr(getattr(store, "preprocess", None), "mask_id", None)
+        return found if isinstance(found, int) else None
+
     def fields(self, positions: Array) -> dict[str, Tensor]:
         """What the parts say of these samples beside inputs and labels (see ``Split.fields``); empty for most data."""
         if not all(hasattr(part, "fields") for part in self._parts):

@@ -359,6 +359,8 @@ def _tokenizer(checkpoint: _Checkpoint, model: Any, data: DataConfig) -> tuple[T
         preprocess = preprocess.model_copy(update={"eos_id": tokenizer.eos_token_id})
     elif checkpoint.task not in EMBEDDING and data.text_pair is not None:
         preprocess = preprocess.model_copy(update={"pair": True})
+    if getattr(tokenizer, "mask_token_id", None) is not None:
+        preprocess = preprocess.model_copy(update={"mask_id": tokenizer.mask_token_id})
     return preprocess, bare_tokenizer(text, f"`{checkpoint.source.name}`")
 
 

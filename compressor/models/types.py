@@ -32,6 +32,7 @@ class TextInput(Frozen):
     tokenizer_file: str  # name of the file beside the manifest; bytes come from LoadedModel.files
     max_length: int
     pad_id: int
+    mask_id: int | None = None  # stands for a hidden token; encoders only
     eos_id: int | None = None  # end of a document, or of a target; language and encoder-decoder models only
     start_id: int | None = None  # what a decoder begins with; encoder-decoder models only
     target_length: int | None = None  # tokens of a target with its end; encoder-decoder models only

@@ -128,6 +128,8 @@ def _extra(stage: StudentStage, model: LoadedModel, text: TextInput) -> list[Arr
 def _renamed(text: TextInput, keep: Array) -> TextInput:
     new = {int(old): position for position, old in enumerate(keep)}
     changed: dict[str, Any] = {"pad_id": new.get(text.pad_id, 0)}  # without a padding token any id may fill
+    if text.mask_id is not None:
+        changed["mask_id"] = new.get(text.mask_id)
     if text.eos_id is not None:
         changed["eos_id"] = new.get(text.eos_id)
     return text.model_copy(update=changed)

@@ -28,7 +28,7 @@ ENTROPIES = {"soft-ce", "taid", "tsld", "alm"}
 # objectives that measure no distance to the teacher: order, contrast, labels, or no teacher at all
 NO_DISTANCE = {
     *("nkd", "plackett-luce", "sinkhorn", "rank-net", "dpkd", "contrastive"),
-    *("self-ensemble", "adaptive-margin", "additive-margin"),
+    *("self-ensemble", "adaptive-margin", "additive-margin", "masked-tokens"),
     *("lelp", "dual-head", "auxiliary-head", "norm-direction", "multi-exit"),  # heads and class means of their own
     *("homomorphic-projection", "ladder", "task-aware-filters"),  # new projections even between equal widths
 }
@@ -77,6 +77,10 @@ def tokens(mask):
     return Batch(labels, mask, ends=ends, student_made=torch.tensor([False, True] * 3))
 
 
+def hiding(mask):
+    return Batch(None, mask, masked=torch.where((mask != 0) & (torch.arange(mask.shape[1]) % 3 == 1), 7, -100))
+
+
 def several_labels(mask):
     return Batch(torch.ones_like(mask, dtype=torch.float32), mask)  # one label a place of the hidden states
 
@@ -92,6 +96,7 @@ def triples(mask):
 SCENES = {
     **dict.fromkeys(("tsld", "distillm2", "alm", "uld"), (tagger, tokens)),
     "label-embedding": (transformer, several_labels),
+    "masked-tokens": (transformer, hiding),
     "additive-margin": (transformer, pairs),
     "adaptive-margin": (transformer, triples),
 }

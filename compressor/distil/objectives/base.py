@@ -72,6 +72,7 @@ class Batch:
     ``response``: (B, T), non-zero at the tokens that are taught; None: all real tokens.
     ``ends``: int64 (B, T), the byte of the sample's text where the token of ``labels[b, t]`` ends, negative for none.
     ``starts``: int64 (B,), the byte where the first token of ``labels`` begins; None: 0.
+    ``masked``: int64 (B, T), the tokens that augmentation hid from the models, -100 elsewhere; None: it hides none.
     ``groups``: int64 (B,), rows with equal numbers are one list (query, pair) in their order.
     ``scores``: float (B,), a teacher's offline score of each row.
     ``student_made``: bool (B,), rows that the student generated.
@@ -84,6 +85,7 @@ class Batch:
     response: Tensor | None = None
     ends: Tensor | None = None
     starts: Tensor | None = None
+    masked: Tensor | None = None
     groups: Tensor | None = None
     scores: Tensor | None = None
     student_made: Tensor | None = None
