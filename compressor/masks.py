@@ -131,9 +131,7 @@ class CoFi(Frozen):
     masks: tuple[UnitKind, ...] = ("layers", "heads", "neurons", "channels", "hidden")
     learning_rate: Rate = 0.1  # of the masks (Adam)
     multiplier_rate: Rate = 0.01  # of the Lagrangian multipliers, which ascend
-    round_to: Annotated[int, Field(ge=1)] | None = (
-        None  # multiple of neurons, channels, hidden; the profiles' if left out
-    )
+    round_to: Annotated[int, Field(ge=1)] | None = None  # multiple of neurons, channels, hidden; the profiles'
     protect: tuple[str, ...] = ()  # module name patterns that get no masks
 
     @model_validator(mode="after")
