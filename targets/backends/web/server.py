@@ -28,7 +28,11 @@ from compressor.errors import RunError
 from compressor.types import Array
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-_FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions", "--disable-quic", "--disable-background-timer-throttling", "--disable-dev-shm-usage"]
+_FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage", "--disable-quic"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions"),
+    "--disable-background-timer-throttling",
+)
 _KINDS = {".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm"}
 _WAIT_S = 20.0  # how long the page's question for work is held open
 _LARGEST_REPLY = 2**31
@@ -51,56 +55,61 @@ class Page:
         self.closed = threading.Event()
 
 
+class _Handler(BaseHTTPRequestHandler):
+    """Serves one page; :func:`_handler` binds it to that."""
+
+    page: Page
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing on stderr."""
+
+    def _name(self) -> str | None:
+        """What is asked for, without the secret; None when the secret is wrong."""
+        _, secret, name = [*self.path.split("?")[0].split("/", 2), ""][:3]
+        return name if secrets.compare_digest(secret, self.page.secret) else None
+
+    def _send(self, status: int, body: bytes = b"", kind: str = "application/octet-stream") -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cross-Origin-Opener-Policy", "same-origin")
+        self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        name = self._name()
+        if name == "settings.json":
+            self._send(200, self.page.settings, "application/json")
+        elif name == "job":
+            self._job()
+        elif name in self.page.files:
+            path = self.page.files[name]
+            self._send(200, path.read_bytes(), _KINDS.get(path.suffix, "application/octet-stream"))
+        else:
+            self._send(404)
+
+    def _job(self) -> None:
+        if self.page.closed.is_set():
+            self._send(410)
+            return
+        try:
+            self._send(200, self.page.jobs.get(timeout=_WAIT_S))
+        except queue.Empty:
+            self._send(204)
+
+    def do_POST(self) -> None:
+        size = int(self.headers.get("Content-Length", 0))
+        if self._name() != "reply" or not 0 < size < _LARGEST_REPLY:
+            self._send(404)
+            return
+        self.page.replies.put(self.rfile.read(size))
+        self._send(200)
+
+
 def _handler(page: Page) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: Any) -> None:
-            """Nothing on stderr."""
-
-        def _name(self) -> str | None:
-            _, secret, name = [*self.path.split("?")[0].split("/", 2), ""][:3]
-            return name if secrets.compare_digest(secret, page.secret) else None
-
-        def _send(self, status: int, body: bytes = b"", kind: str = "application/octet-stream") -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("Cross-Origin-Opener-Policy", "same-origin")
-            self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
-            self.end_headers()
-            self.wfile.write(body)
-
-        def do_GET(self) -> None:
-            name = self._name()
-            if name == "settings.json":
-                self._send(200, page.settings, "application/json")
-            elif name == "job":
-                self._job()
-            elif name in page.files:
-                path = page.files[name]
-                self._send(200, path.read_bytes(), _KINDS.get(path.suffix, "application/octet-stream"))
-            else:
-                self._send(404)
-
-        def _job(self) -> None:
-            if page.closed.is_set():
-                self._send(410)
-                return
-            try:
-                self._send(200, page.jobs.get(timeout=_WAIT_S))
-            except queue.Empty:
-                self._send(204)
-
-        def do_POST(self) -> None:
-            size = int(self.headers.get("Content-Length", 0))
-            if self._name() != "reply" or not 0 < size < _LARGEST_REPLY:
-                self._send(404)
-                return
-            page.replies.put(self.rfile.read(size))
-            self._send(200)
-
-    return Handler
+    return type("PageHandler", (_Handler,), {"page": page})
 
 
 def encode(header: Mapping[str, Any], arrays: Mapping[str, Array]) -> bytes:
