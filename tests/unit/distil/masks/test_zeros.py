@@ -104,3 +104,23 @@ def test_kinds_of_masks_that_exclude_each_other():
     ):
         with pytest.raises(ConfigError, match=text):
             stage(**keys)
+
+
+def test_zeros_are_zeros_in_the_exported_file_and_the_masks_are_not_in_it(tmp_path):
+    import onnx
+    from onnx import numpy_helper
+
+    from compressor.export.onnx import export_onnx
+    from compressor.export.optimise import optimise
+    from compressor.models.sparse import drop_masks
+    from compressor.types import TensorSpec
+
+    sparse = sparsify(convnet(8, 5), PruneStage(kind="prune", sparsity=0.75)).module
+    image = {"image": bundle().splits["train"].batch(range(2))["image"]}
+    specs = TensorSpec("image", "float32", ("batch", 1, 12, 12)), TensorSpec("logits", "float32", ("batch", 4))
+    export_onnx(drop_masks(sparse), image, specs[:1], specs[1:], tmp_path / "raw.onnx", name="sparse", metadata={})
+    optimise(tmp_path / "raw.onnx", tmp_path / "model.onnx")  # batch norm is folded into a masked convolution
+    stored = [numpy_helper.to_array(tensor) for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer]
+    weights = [array for array in stored if array.dtype.kind == "f" and array.ndim >= 2]
+    assert [float((weight == 0).mean()) for weight in weights] == [0.75] * 3
+    assert not any(array.dtype == bool for array in stored)
