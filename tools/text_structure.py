@@ -23,8 +23,8 @@ def page(run: Callable[[str], Path], load: Callable[[Path], Mapping[str, Any]]) 
     lines = [
         "# A text teacher, smaller by structure alone\n",
         "fp32 to fp32, ONNX Runtime, 1 thread. `python -m tools.bench text-structure` runs the three recipes;",
-        "asked: at least 5x lower p50 than the teacher, at most 1.0 point of test accuracy below it, and better than plain",
-        "truncation.\n",
+        "asked: at least 5x lower p50 than the teacher, at most 1.0 point of test accuracy below it,",
+        "and better than plain truncation.\n",
         "| student | steps | multiply-accumulates | p50 | speed-up (95 %) | validation | test | to teacher |",
         "|---|---|---|---|---|---|---|---|",
         _teacher_line(reports["text-structure"]),
