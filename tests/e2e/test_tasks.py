@@ -145,19 +145,6 @@ def test_pairs_of_texts(command: Command, bert_folder: Path, tmp_path: Path) -> 
     assert infer(place, "good film").returncode == 2
 
 
-def test_retrieval(command: Command, encoder_folder: Path, tmp_path: Path) -> None:  # noqa: F811
-    lines = [[" ".join(t.split()[:3]), t] for t in texts(300)]
-    source = table(tmp_path / "t.csv", ["question", "passage"], lines)
-    found = run(
-        command, tmp_path, model=str(encoder_folder), source=str(source), teacher='task = "retrieval"',
-        data='text = "question"\ntext_pair = "passage"', distil="labels = 0", use="cosine",
-        more='match = {student = "logits", teacher = "logits"}',
-    )  # fmt: skip
-    assert found["report"]["metric"] == "nDCG@10"
-    assert 0 < rows(found)["teacher/fp32"]["test"]["value"] <= 1
-    assert len(answer(package(found, tmp_path), "a good film")["embedding"]) == 32
-
-
 def letters(folder: Path) -> Path:
     """A GPT-2 over single letters, 3 layers x 32."""
     import torch

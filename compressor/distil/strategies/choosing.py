@@ -19,7 +19,6 @@ from compressor.errors import StageError
 from compressor.recipe import DistilStage
 from compressor.types import Array
 
-
 CHUNK = 128  # texts of one call
 
 
