@@ -138,7 +138,7 @@ def _block_of(group: Group, blocks: Sequence[str]) -> int:
 
 
 def _is_weight(module: nn.Module, key: Key) -> bool:
-    return _tensor(module, key.tensor).dim() >= 2
+    return bool(_tensor(module, key.tensor).dim() >= 2)
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
