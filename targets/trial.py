@@ -160,7 +160,7 @@ def _time(run: Deployment, files: dict[str, Trial], inputs: dict[str, list[dict[
             except CompressError as error:
                 trial.failure = str(error)
                 continue
-            runs[digest] = _cycle(session, samples)
+            runs[digest] = timed_run(session, samples)
         if not runs:
             return None
         reference = reference_of(run).key
@@ -183,7 +183,8 @@ class _Elsewhere:
         return self._session.times_ns(self._samples[index], count)
 
 
-def _cycle(session: Session, samples: list[dict[str, Array]]) -> Callable[[int], object]:
+def timed_run(session: Session, samples: list[dict[str, Array]]) -> Callable[[int], object]:
+    """What :func:`targets.measure.measure` times: sample number i through the session."""
     if isinstance(session, SelfTimed):
         return _Elsewhere(session, samples)
     call = session.run

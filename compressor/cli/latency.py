@@ -108,10 +108,11 @@ def _figures(backend: Any, compiled: Any, profile: HardwareProfile, state: Any) 
         return gone, gone
     from targets.measure import measure
     from targets.memory import peak_memory
+    from targets.trial import timed_run
 
     batches = [random_inputs(compiled.artifact.inputs, profile, seed) for seed in range(4)]
     with backend.open(compiled, profile) as session:
-        measured = measure({"model": lambda i: session.run(batches[i])}, "model", inputs=len(batches))
+        measured = measure({"model": timed_run(session, batches)}, "model", inputs=len(batches))
     timing = measured.timings["model"]
     detail: dict[str, float | int | str] = {
         "p90": timing.p90_ms, "p95": timing.p95_ms, "p99": timing.p99_ms, "mean": timing.mean_ms,
@@ -121,6 +122,8 @@ def _figures(backend: Any, compiled: Any, profile: HardwareProfile, state: Any) 
         "contention": measured.contention.describe(),
     }  # fmt: skip
     latency = Measurement(timing.p50_ms, "ms", state.runs, state.device, detail)
+    if backend.memory_apart:
+        return latency, Unavailable(backend.memory_apart)
     return latency, peak_memory(backend.name, compiled, profile, batches[:1])
 
 
