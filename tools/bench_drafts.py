@@ -1,6 +1,6 @@
 """What on-policy distillation does for a small causal language model, and for its use as a draft (methods X1, X4).
 
-python -m tools.bench_drafts [--build build] [--work build/bench/drafts] [--seeds 5] [--page FILE]
+python -m tools.bench_drafts [--build build] [--work build/bench/drafts] [--seeds 5]
 
 The student is four of the teacher's 30 layers with its embeddings. One warm start; from it, for each seed, three
 students on the same text: cross-entropy with the text, distillation on the text, and the same distillation on what the
@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressor.distil.generation import end_token, generate
+from compressor.distil.generation import end_token, generate, language_model
+from compressor.distil.probes.paired import weigh
 from compressor.recipe import StudentStage
 from compressor.students import make_student
 from tools.bench_speculative import measure
 from tools.causal_lm import BATCH, BLOCK, Results, World, drawn, forget, log_likelihoods, open_world, perplexity, train
 
 LAYERS = (0, 10, 19, 29)
-WARM_STEPS, STEPS = 150, 16
+WARM_STEPS, STEPS = 120, 12
 PROMPT, NEW = 16, BLOCK - 16
-PROMPTS, TIMED = 32, 2  # beginnings that are judged, and that speculative decoding is timed on
+PROMPTS, TIMED = 24, 2  # beginnings that are judged, and that speculative decoding is timed on
 AHEAD = (1, 2, 3, 4, 6, 8)  # lengths of proposals
-TIMED_AHEAD = (1, 3)
+TIMED_AHEAD = (2,)
+ROUNDS = 5  # of each cost
 KD: list[dict[str, Any]] = [{"use": "kd", "options": {"temperature": 1.0}}]
 ON_POLICY = {"fraction": 1.0, "prompt_tokens": PROMPT, "max_new_tokens": NEW, "temperature": 1.0}
 ARMS: dict[str, dict[str, Any]] = {
@@ -128,6 +130,31 @@ def evaluate(world: World, student: nn.Module, seed: int, work: Path, *, timed: 
     return row
 
 
+def costs(world: World, student: nn.Module) -> dict[str, Any]:
+    """Seconds of processor time of one pass: the target reads 1 to 9 tokens, the draft one, after 40 in the cache."""
+    ids = world.prompts(1, 40)
+
+    def of(module: nn.Module, tokens: int) -> float:
+        model = language_model(module)
+        found = []
+        for _ in range(ROUNDS):
+            cache = model(input_ids=ids, use_cache=True).past_key_values
+            started = time.process_time()
+            model(input_ids=ids[:, :tokens], past_key_values=cache, use_cache=True)
+            found.append(time.process_time() - started)
+        return float(np.median(found))
+
+    with torch.no_grad():
+        target = {str(k + 1): of(world.teacher, k + 1) for k in (0, *AHEAD)}
+        return {"target": target, "draft": of(student, 1)}
+
+
+def projected(row: Mapping[str, Any], cost: Mapping[str, Any], ahead: int) -> float:
+    """Speed-up by counted tokens and measured costs: tokens a pass times the plain pass over what a pass costs."""
+    spent = cost["target"][str(ahead + 1)] + ahead * cost["draft"]
+    return float(row["efficiency"][str(ahead)] * cost["target"]["1"] / spent)
+
+
 def run(world: World, work: Path, seeds: Sequence[int], results: Results) -> None:
     """Everything that has no figures yet."""
     missing = [(seed, name) for seed in seeds for name in ARMS if f"{name}-{seed}" not in results.rows]
@@ -136,6 +163,8 @@ def run(world: World, work: Path, seeds: Sequence[int], results: Results) -> Non
     start = warm(world, work)
     if "start" not in results.rows:
         results.add("start", evaluate(world, start, 0, work, timed=False))
+    if "costs" not in results.rows:
+        results.add("costs", costs(world, start))
     for seed, name in missing:
         folder = work / f"{name}-{seed}"
         student = arm(world, start, name, seed, folder)
@@ -143,8 +172,70 @@ def run(world: World, work: Path, seeds: Sequence[int], results: Results) -> Non
         forget(folder)
 
 
+def table(results: Results, seeds: Sequence[int]) -> str:
+    """Means over the seeds, and what the paired differences allow to say."""
+    rows = results.rows
+    lines = [
+        "| | perplexity of the text | teacher's log-likelihood of a token it wrote | its own | accepted "
+        f"| tokens a pass, {', '.join(map(str, AHEAD))} proposed |",
+        "|---|---|---|---|---|---|",
+        _line("start (one run)", [rows["start"]]),
+    ]
+    for name in ARMS:
+        lines.append(_line(f"{name} ({len(seeds)} seeds)", [rows[f"{name}-{seed}"] for seed in seeds]))
+    lines += ["", "| paired difference | mean | 90 % interval | seeds won | verdict |", "|---|---|---|---|---|"]
+    read: dict[str, Callable[[Mapping[str, Any]], float]] = {
+        "teacher's log-likelihood": lambda row: float(row["teacher_ll"]),
+        "accepted": lambda row: float(row["accepted"]),
+        "tokens a pass, 3 proposed": lambda row: float(row["efficiency"]["3"]),
+    }
+    for what, value in read.items():
+        for better, worse in (("gkd", "kd"), ("gkd", "ce"), ("kd", "ce")):
+            found = weigh([value(rows[f"{better}-{s}"]) - value(rows[f"{worse}-{s}"]) for s in seeds])
+            lines.append(
+                f"| {what}: {better} - {worse} | {found.mean:+.4f} | {found.low:+.4f} to {found.high:+.4f} "
+                f"| {found.wins} of {found.pairs} | {found.verdict} |"
+            )
+    return "\n".join([*lines, "", *_speeds(results, seeds)])
+
+
+def _line(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    def mean(read: Callable[[Mapping[str, Any]], float]) -> float:
+        return float(np.mean([read(row) for row in rows]))
+
+    passes = ", ".join(f"{mean(lambda row, k=k: row['efficiency'][str(k)]):.2f}" for k in AHEAD)
+    return (
+        f"| {name} | {mean(lambda row: row['perplexity']):.1f} | {mean(lambda row: row['teacher_ll']):.3f} "
+        f"| {mean(lambda row: row['own_ll']):.3f} | {mean(lambda row: row['accepted']):.1%} | {passes} |"
+    )
+
+
+def _speeds(results: Results, seeds: Sequence[int]) -> list[str]:
+    """Measured speed of speculative decoding, and by counted tokens and measured costs for every length."""
+    rows, cost = results.rows, results.rows["costs"]
+    passes = ", ".join(f"{tokens}: {seconds * 1000:.0f}" for tokens, seconds in cost["target"].items())
+    lines = [
+        f"Processor time of one pass in ms: draft, one token: {cost['draft'] * 1000:.0f}; target, tokens: {passes}.",
+        "",
+        "| draft | proposed | tokens a pass | measured, wall clock | measured, processor time | same text |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in ("ce", "gkd"):
+        for ahead in map(str, TIMED_AHEAD):
+            found = [rows[f"{name}-{seed}"]["timed"][ahead] for seed in seeds]
+            keys = ("tokens_per_pass", "speedup", "speedup_processor", "same")
+            one, wall, processor, same = (float(np.mean([row[key] for row in found])) for key in keys)
+            lines.append(f"| {name} | {ahead} | {one:.2f} | {wall:.2f}x | {processor:.2f}x | {same:.0%} |")
+    lines += ["", "| draft | by counted tokens and the costs above, proposed: " + " | ".join(map(str, AHEAD)) + " |"]
+    lines.append("|---" * (len(AHEAD) + 1) + "|")
+    for name in ("ce", "kd", "gkd"):
+        cells = (np.mean([projected(rows[f"{name}-{seed}"], cost, k) for seed in seeds]) for k in AHEAD)
+        lines.append(f"| {name} | " + " | ".join(f"{cell:.2f}x" for cell in cells) + " |")
+    return lines
+
+
 def main() -> None:
-    """Train what is missing, print every row."""
+    """Train what is missing, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, default=Path("build"))
     parser.add_argument("--work", type=Path, default=Path("build/bench/drafts"))
@@ -152,8 +243,9 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     results = Results(options.work / "results.json")
-    run(open_world(options.build), options.work, range(1, options.seeds + 1), results)
-    print(json.dumps(results.rows, indent=1))
+    seeds = range(1, options.seeds + 1)
+    run(open_world(options.build), options.work, seeds, results)
+    print(table(results, seeds))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,15 @@ import torch
 from torch import nn
 
 from compressor.distil.generation import language_model
+from compressor.distil.probes.paired import weigh
 from compressor.prune import prune
 from compressor.recipe import PruneStage
 from tools.causal_lm import BATCH, Results, World, drawn, forget, open_world, perplexity, train
 
 STAGE = PruneStage(kind="prune", neurons=0.56, heads=0.34, importance="activation")
-CALIBRATION = 32  # blocks
-STEPS = 12
-JUDGED = 32  # test blocks
+CALIBRATION = 16  # blocks
+STEPS = 8
+JUDGED = 24  # test blocks
 KD: list[dict[str, Any]] = [{"use": "kd", "options": {"temperature": 1.0}}]
 RATES = {"pruned": 3e-4, "scratch": 1e-3}
 
@@ -93,8 +93,37 @@ def run(world: World, work: Path, seeds: int, results: Results) -> None:
             forget(folder)
 
 
+def table(results: Results, seeds: int) -> str:
+    """A row a seed, and what the paired differences allow to say."""
+    rows = results.rows
+    whole = rows["teacher"]
+    lines = [
+        f"The whole model: {whole['outside_embedding'] / 1e6:.1f} M parameters outside the embedding, perplexity "
+        f"{whole['perplexity']:.1f}.\n",
+        "| seed | parameters outside the embedding | pruned | pruned and distilled | from nothing and distilled |",
+        "|---|---|---|---|---|",
+    ]
+    for seed in range(1, seeds + 1):
+        kept, fresh = rows[f"pruned-{seed}"], rows[f"scratch-{seed}"]
+        lines.append(
+            f"| {seed} | {kept['outside_embedding'] / 1e6:.1f} M | {kept['before']:.1f} | {kept['perplexity']:.1f} "
+            f"| {fresh['perplexity']:.1f} |"
+        )
+    found = weigh(
+        [
+            float(np.log(rows[f"scratch-{seed}"]["perplexity"] / rows[f"pruned-{seed}"]["perplexity"]))
+            for seed in range(1, seeds + 1)
+        ]
+    )
+    lines.append(
+        f"\nLog of the quotient of perplexities: mean {found.mean:.3f}, 90 % interval {found.low:.3f} to "
+        f"{found.high:.3f}; {found.wins} of {found.pairs} seeds won: {found.verdict}."
+    )
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Train what is missing, print every row."""
+    """Train what is missing, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, default=Path("build"))
     parser.add_argument("--work", type=Path, default=Path("build/bench/lm-pruning"))
@@ -103,7 +132,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     results = Results(options.work / "results.json")
     run(open_world(options.build), options.work, options.seeds, results)
-    print(json.dumps(results.rows, indent=1))
+    print(table(results, options.seeds))
 
 
 if __name__ == "__main__":
