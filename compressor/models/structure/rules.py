@@ -175,6 +175,23 @@ def pick(call: Call) -> list[Value]:
     return made
 
 
+def gather(call: Call) -> list[Value]:
+    """Picked by position along one axis; along the others the index has the data's size, and must follow it."""
+    tensor, axis, index = call.args[0], call.args[1] % call.args[0].dim(), call.args[2]
+    free = call.value_of(index).free
+    layers = []
+    for layer in call.value_of(tensor).layers:
+        current = layer
+        for other in axes_of(layer):
+            if other == axis:
+                current = call.space.fix_axis(current, other, "is picked from by position")
+            elif index.shape[other] != tensor.shape[other] or other not in free:
+                current = call.space.fix_axis(current, other, FIXED)
+        if all(current.shape[a] in (1, call.output.shape[a]) for a in range(current.dim())):
+            layers.append(current)
+    return [Value([layer for layer in layers if axes_of(layer) and layer.shape[axis] == 1])]
+
+
 def concatenate(call: Call) -> list[Value]:
     """Along the joined axis labels are laid side by side; along the others they are joined pairwise."""
     stacked = call.name == "stack"
@@ -275,6 +292,7 @@ def _table() -> dict[str, Rule]:
         (reshape, "contiguous _to_copy repeat flip pixel_shuffle pixel_unshuffle channel_shuffle"),
         (part, "slice split split_with_sizes"),
         (pick, "select unbind index"),
+        (gather, "gather"),
         (concatenate, "cat stack"),
         (reduce, "mean sum amax amin max min var var_mean std prod argmax argmin any all linalg_vector_norm norm"),
         (along_axis, "_softmax _log_softmax _safe_softmax cumsum cumprod"),
