@@ -382,6 +382,11 @@ def _warnings(recipe: Recipe, model: LoadedModel, data: DataBundle) -> tuple[str
     found = list(model.provenance.notes) + list(data.notes)
     if model.provenance.licence is None:
         found.append("the teacher's licence is unknown; packages will say so (set `teacher.licence`)")
+    if model.task in TEXT2TEXT:
+        found.append(
+            "latency is of one pass over a source and its whole target, the dearest step of writing it; "
+            "`python infer.py --benchmark TEXT` times all of it"
+        )
     if model.task in MULTI_LABEL and any(_competing(stage) for stage in recipe.stage):
         found.append("`kd` makes the labels of a sample compete; the objective `multi-label` does not")
     found += smoothing_warnings(recipe, lambda use: {name: value for name, _, value in describe(use).options})

@@ -60,7 +60,8 @@ def _written(run: Run, evalset: EvalSet, batch: int, output_name: str | None, sp
     def logits(inputs: Inputs) -> Array:
         outputs = run(fill_batch(fit_inputs(inputs, specs), static))
         name = output_name if output_name is not None else next(iter(outputs))
-        return _per_sample(outputs[name], static or len(next(iter(inputs.values()))), name)
+        count = len(next(iter(inputs.values())))
+        return _per_sample(outputs[name], static or count, name)[:count]
 
     texts: list[str] = []
     for inputs, _ in evalset.batches(static or batch):

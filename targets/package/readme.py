@@ -31,6 +31,10 @@ def _run(manifest: Manifest) -> str:
     elif manifest.postprocess.kind == "target-text":
         example = '"a source text"'
     more = " tokenizers" if manifest.postprocess.kind in ("next-token", "target-text") else ""
+    note = ""
+    if manifest.postprocess.kind == "target-text":
+        note = " The figures and `--benchmark` are of one pass over a source and its whole target; with a text, "
+        note += "`--benchmark` times writing the target, which takes a pass a token."
     flag = "" if manifest.model.format in ("onnx", "ort") else " --portable"
     lines = [
         "## Run it",
@@ -42,7 +46,7 @@ def _run(manifest: Manifest) -> str:
         "",
         "Nothing else is needed; `--json` prints for programs. The self-check verifies every file of this folder and "
         f"repeats {manifest.self_check.samples} stored answers (accepted difference {manifest.self_check.tolerance:g} "
-        f"of the largest value: {manifest.self_check.why}).",
+        f"of the largest value: {manifest.self_check.why}).{note}",
     ]
     if flag:
         lines += [
