@@ -258,7 +258,7 @@ def importance_memory(_work: Path) -> None:
         "# Memory of importance on calibration data\n\n`python -m tools.bench importance-memory`, a process each.\n\n"
     )
     page += command([sys.executable, "-m", "tools.bench_importance_memory"])
-    page += "\n10,000 of these pictures as float32 would be 29.9 MiB; what differs is the allocator's, not the samples'.\n"
+    page += "\nAs float32, 10,000 of these pictures are 29.9 MiB; what differs is the allocator's, not the samples'.\n"
     (EVIDENCE / "importance-memory.md").write_text(page)
 
 
