@@ -203,7 +203,7 @@ def _line(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     def mean(read: Callable[[Mapping[str, Any]], float]) -> float:
         return float(np.mean([read(row) for row in rows]))
 
-    passes = ", ".join(f"{mean(lambda row, k=k: row['efficiency'][str(k)]):.2f}" for k in AHEAD)
+    passes = ", ".join(f"{np.mean([row['efficiency'][str(k)] for row in rows]):.2f}" for k in AHEAD)
     return (
         f"| {name} | {mean(lambda row: row['perplexity']):.1f} | {mean(lambda row: row['teacher_ll']):.3f} "
         f"| {mean(lambda row: row['own_ll']):.3f} | {mean(lambda row: row['accepted']):.1%} | {passes} |"

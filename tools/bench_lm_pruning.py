@@ -62,7 +62,7 @@ def from_nothing(module: nn.Module, seed: int) -> nn.Module:
 def outside_embedding(module: nn.Module) -> int:
     """Parameters without the (tied) embedding."""
     model: Any = language_model(module)
-    return sum(p.numel() for p in module.parameters()) - int(model.get_input_embeddings().weight.numel())
+    return int(sum(p.numel() for p in module.parameters()) - model.get_input_embeddings().weight.numel())
 
 
 def arm(world: World, name: str, student: nn.Module, seed: int, work: Path) -> dict[str, Any]:
