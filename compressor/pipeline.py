@@ -13,6 +13,7 @@ from compressor.ledger import Event, Ledger, ignore_event
 from compressor.models.types import LoadedModel
 from compressor.profile import HardwareProfile
 from compressor.recipe import DistilStage, PruneStage, QuantizeStage, Recipe, StudentStage
+from compressor.rounds import expanded
 from compressor.stages.export import export, onnx_teacher
 from compressor.stages.onnx_surgery import prune_onnx
 from compressor.stages.quantization import int8_candidates
@@ -131,7 +132,7 @@ class Pipeline:
     def _lines(self, run: Run) -> tuple[Line, Line | None]:
         student = self._start("student")
         twin: Line | None = None
-        for stage in run.recipe.stage:
+        for stage in expanded(run.recipe.stage):
             match stage:
                 case StudentStage() | PruneStage():
                     student = surgery(run, student, stage)

@@ -9,6 +9,7 @@ from compressor.config import suggestion
 from compressor.errors import Problem
 from compressor.profile import HardwareProfile
 from compressor.recipe import DistilStage, PruneStage, QuantizeStage, Recipe, StudentStage
+from compressor.rounds import round_problems
 from compressor.schedule import shown
 from compressor.types import TEXT2TEXT, Task
 
@@ -67,6 +68,7 @@ def recipe_problems(recipe: Recipe, kind: str, objectives: Sequence[str]) -> lis
             problems.append(Problem(where, what))
         if isinstance(stage, DistilStage):
             problems += _objective_problems(stage, where, objectives)
+    problems += round_problems(recipe, kind)
     positions = [type(stage) for stage in recipe.stage]
     if QuantizeStage in positions and positions.index(QuantizeStage) != len(positions) - 1:
         problems.append(
@@ -102,6 +104,8 @@ def _generation_problems(stage: DistilStage, where: str, task: Task, positions: 
     for name, part in (("rollouts", stage.rollouts), ("sequences", stage.sequences)):
         if part is None:
             continue
+        if getattr(part, "guess", None) is not None and task in TEXT2TEXT:
+            problems.append(Problem(f"{where}.{name}.guess", "is for causal language models"))
         prompt = 0 if task in TEXT2TEXT else part.prompt_tokens  # an encoder-decoder model writes whole targets
         if task != "causal-lm" and task not in TEXT2TEXT:
             what = f"is for causal language models and encoder-decoder models; the task is {task}"
