@@ -28,6 +28,7 @@ class Rollouts(Frozen):
     top_k: Annotated[int, Field(ge=0)] = 0  # 0: all tokens
     replay: Weight01 = 0.0  # of the on-policy steps: a batch made before is seen again; a number, or a schedule
     buffer: Annotated[int, Field(ge=1)] = 64  # batches that are kept for it
+    guess: Share | None = None  # instead of writing: this share of the data's tokens becomes the student's guess (X14)
     beside: bool = False  # on-policy steps keep the data's rows beside the student's, as `distillm2` needs
 
     @property

@@ -261,8 +261,8 @@ class DistilStage(Frozen):
     data: Literal["all", "train", "transfer"] = "all"  # which samples the stage sees
     strategy: tuple[Strategy, ...] = ()  # data strategies, in order
     negatives: Negatives | None = None  # retrieval: wrong passages in a batch; those of the data when left out
-    rollouts: Rollouts | None = None  # causal language models: the student writes, the teacher judges
-    sequences: Sequences | None = None  # causal language models: learn from text that the teacher wrote
+    rollouts: Rollouts | None = None  # language and encoder-decoder models: the student writes, the teacher judges
+    sequences: Sequences | None = None  # language and encoder-decoder models: learn from text that the teacher wrote
     lora: LoRA | None = None  # train low-rank additions to the weights only
     masks: Masks | None = None  # zeros that grow while it trains
     cofi: CoFi | None = None  # masks that learn which units go

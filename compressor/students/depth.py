@@ -33,6 +33,8 @@ def problems_of(module: nn.Module, example: Batch, config: StudentStage) -> list
 
 
 def _wrong(module: nn.Module, keep: Keep, blocks: BlockList | None) -> list[str]:
+    from compressor.models.structure.blocks import shares_bias
+
     if blocks is None:
         return ["matches nothing: the model has no list of blocks of equal shape"]
     if isinstance(keep, int):
@@ -41,14 +43,10 @@ def _wrong(module: nn.Module, keep: Keep, blocks: BlockList | None) -> list[str]
         wrong = not keep or list(keep) != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= blocks.count
     if wrong:
         return [f"`{blocks.container}` has {blocks.count} layers; give how many to keep, or ascending indices from 0"]
-    if not isinstance(keep, int) and keep[0] != 0 and _first_is_shared(module, blocks):
+    first = next(module.get_submodule(blocks.container).children())
+    if not isinstance(keep, int) and keep[0] != 0 and shares_bias(first):
         return [f"layer 0 of `{blocks.container}` holds the position bias of all layers: keep it"]
     return []
-
-
-def _first_is_shared(module: nn.Module, blocks: BlockList) -> bool:
-    first = next(iter(module.get_submodule(blocks.container).children()))
-    return any(getattr(part, "has_relative_attention_bias", False) is True for part in first.modules())
 
 
 def _wanted(module: nn.Module, example: Batch, config: StudentStage) -> list[tuple[str, Keep, BlockList | None]]:

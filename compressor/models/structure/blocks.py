@@ -52,12 +52,18 @@ def find_block_lists(module: nn.Module, example: Mapping[str, Tensor]) -> tuple[
         container = module.get_submodule(name)
         elements = list(container.children())
         if _equal(elements) and _is_chain(chain, len(elements)):
-            found.append(BlockList(name, len(elements), tuple(range(len(elements)))))
+            free = tuple(p for p, element in enumerate(elements) if not shares_bias(element))
+            found.append(BlockList(name, len(elements), free))
         elif isinstance(container, nn.Sequential) and len({position for position, _, _ in chain}) == len(chain):
             kept = tuple(p for p, before, after in chain if _composed(elements[p]) and before.shape == after.shape)
             if kept:
                 found.append(BlockList(name, len(elements), kept, minimum=0))
     return tuple(found)
+
+
+def shares_bias(element: nn.Module) -> bool:
+    """Does this layer hold the position bias that all layers of its list read (T5's first)? Without it none has any."""
+    return any(getattr(part, "has_relative_attention_bias", False) is True for part in element.modules())
 
 
 def _candidates(module: nn.Module) -> list[str]:

@@ -23,6 +23,7 @@ from compressor.errors import ConfigError, PlanError  # noqa: E402
 from compressor.evaluate import SplitEvalSet, predict, written  # noqa: E402
 from compressor.language import Rollouts  # noqa: E402
 from compressor.models.signals import SignalTap, available  # noqa: E402
+from compressor.models.structure.blocks import find_block_lists  # noqa: E402
 from compressor.models.types import LoadedModel  # noqa: E402
 from compressor.recipe import DataConfig, DistilStage, Match, Recipe, StudentStage  # noqa: E402
 from tests.unit.distil import text2text as toy  # noqa: E402
@@ -242,6 +243,11 @@ def test_the_layer_with_t5s_position_bias_stays(models):
     assert problem.where == "decoder_layers"
     assert "position bias" in problem.what
     assert students.check(models["bart"].module, example, stage) == []
+    lists = find_block_lists(models["t5"].module, example)
+    assert {blocks.container: blocks.positions for blocks in lists} == {
+        "model.encoder.block": (1,),
+        "model.decoder.block": (1,),
+    }
 
 
 def test_what_does_not_fit_is_refused_with_its_key(teacher):
