@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import CompileError, CompressError, TargetUnavailable, sdk_errors
+from compressor.errors import CompileError, CompressError, DeviceLost, TargetUnavailable, sdk_errors
 from compressor.evaluate import (
     EvalSet,
     agreement,
@@ -143,6 +143,8 @@ def compiled_trial(run: Deployment, artifact: Artifact) -> Trial:
                 trial.compiled = run.backend.compile(artifact, run.profile, run.out)
     except TargetUnavailable as error:
         trial.failure, trial.missing = f"{error}. {error.hint}".strip(), True
+    except DeviceLost:
+        raise
     except CompressError as error:
         trial.failure = str(error)
     return trial
@@ -159,6 +161,8 @@ def _score_validation(run: Deployment) -> None:
         run.event("deploy", {"text": f"{run.profile.name}: scoring {trial.artifact.name} on validation"})
         try:
             trial.validation = predictions(run, trial, run.data.validation)
+        except DeviceLost:
+            raise
         except CompressError as error:
             trial.unscored = str(error)
             if run.site is not None and not run.site.stand_in:
@@ -172,7 +176,7 @@ def figure_of(run: Deployment, outputs: Array, evalset: EvalSet, reference: Arra
         value = score(run.data.task, outputs, evalset.labels, reference, run.data.labels)
     except ValueError as error:
         return Unavailable(str(error))
-    detail = {"samples": len(evalset), **further(run.data.task, outputs, evalset.labels)}
+    detail = {"samples": len(evalset), **further(run.data.task, outputs, evalset.labels, reference)}
     return Measurement(value, unit_of(run.data.task), run.site.origin, run.site.device, detail)
 
 
@@ -227,6 +231,8 @@ def _with_test(run: Deployment, rows: Sequence[Row]) -> tuple[Row, ...]:
             run.event("deploy", {"text": f"{run.profile.name}: scoring {trial.artifact.name} on test"})
             try:
                 found[trial.artifact.name] = predictions(run, trial, test)
+            except DeviceLost:
+                raise
             except CompressError as error:
                 failed[trial.artifact.name] = str(error)
     return tuple(

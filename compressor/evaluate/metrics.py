@@ -105,8 +105,13 @@ def _needed(reference: Array | None, task: Task) -> Array:
     return reference
 
 
-def further(task: Task, outputs: Array, labels: Array | None) -> Mapping[str, float]:
-    """Other metrics of the same predictions, for the detail of a figure."""
+def further(
+    task: Task, outputs: Array, labels: Array | None, reference: Array | None = None
+) -> Mapping[str, float]:
+    """Other metrics of the same predictions, for the detail of a figure. ``reference``: the teacher's outputs."""
+    if task in ("retrieval", "sentence-similarity"):
+        more = {} if reference is None else {"spearman": embeddings.similarity_correlation(outputs, reference)}
+        return {"dimensions": float(outputs.shape[1]), **more}
     if task == "causal-lm":
         count = float(outputs[:, 1].sum())
         return {"tokens": count, "next_token_accuracy": float(outputs[:, 2].sum()) / max(count, 1.0)}

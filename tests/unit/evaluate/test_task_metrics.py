@@ -116,10 +116,21 @@ def test_ranking_gain_by_hand():
     second = (1 + 1 / np.log2(3 + 0)) / (1 + 1 / np.log2(3))  # passage 3 first, passage 2 second
     assert ranking_gain(texts, judged) == pytest.approx((1.0 + second) / 2)
     assert score("retrieval", texts, judged) == ranking_gain(texts, judged)
+    assert further("retrieval", texts, judged, 2 * texts) == {"dimensions": 2.0, "spearman": pytest.approx(1.0)}
     swapped = texts.copy()
     swapped[3] = [1, 0]  # now farther from the second query than the other query's passage
     dcg = 1 + 1 / np.log2(4)
     assert ranking_gain(swapped, judged) == pytest.approx((1 / np.log2(3) + dcg / (1 + 1 / np.log2(3))) / 2)
+
+
+def test_passages_without_a_query_make_a_search_harder():
+    texts = np.array([[1, 0], [0, 1], [1, 0.2], [0.2, 1], [1, 0.1]], np.float64)
+    judged = np.array([[0, 0], [1, 0], [0, 1], [1, 2], [-1, 3]])  # queries first; the last passage answers none
+    assert ranking_gain(texts, judged) == pytest.approx((1 / np.log2(3) + 1) / 2)
+    judged[3, 0] = -1  # nothing answers the second query: it does not count
+    assert ranking_gain(texts, judged) == pytest.approx(1 / np.log2(3))
+    with pytest.raises(ValueError, match="no queries"):
+        ranking_gain(texts[2:], judged[2:])
 
 
 def test_spearman_of_human_scores():
