@@ -25,11 +25,12 @@ def masking_of(
     """What accompanies the steps of a stage: masks that learn, zeros that grow or are kept, or nothing.
 
     Raises:
-        StageError: the student has nothing that could be masked.
+        StageError: the student has nothing that could be masked, or could not be cut by learnt masks.
     """
     if config.cofi is not None:
-        from compressor.distil.masks.cofi import LearntMasks
+        from compressor.distil.masks.cofi import LearntMasks, rehearse
 
+        rehearse(student, example(), config.cofi, round_to)
         return LearntMasks(student, example(), config.cofi, seed, round_to)
     if config.sparse_update is not None:
         from compressor.distil.masks.updates import FewUpdates

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from compressor.distil.masks import hard_concrete
 from compressor.distil.masks.gates import Gate, GatePlan, Use, plan_gates
-from compressor.distil.masks.settle import settle
+from compressor.distil.masks.settle import plain, settle
 from compressor.distil.objectives.base import Committed, Step
 from compressor.errors import StageError
 from compressor.masks import CoFi
@@ -163,6 +163,22 @@ class LearntMasks(nn.Module):  # type: ignore[misc]  # torch is not followed by 
         return settle(student, self.plan, masks, example(), self.detach, (reached, self.config.target))
 
 
+def rehearse(student: nn.Module, example: Mapping[str, Tensor], config: CoFi, round_to: int) -> None:
+    """Settle masks drawn at random on a copy, before anything is trained.
+
+    Raises:
+        StageError: a student cut by such masks would not compute what the masked one does.
+    """
+    trial = plain(student)
+    masks = LearntMasks(trial, example, config, 0, round_to)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for number, (name, gate) in enumerate(masks.plan.gates.items()):
+            values = torch.randn(gate.units, generator=generator) * 2
+            masks._log_alpha(name).copy_(values if gate.kind != "layers" else values.fill_(-9.0 if number < 4 else 9.0))
+    masks.commit(trial, lambda: example)
+
+
 class Scaled(nn.Module):  # type: ignore[misc]
     """A parameter times its masks."""
 
@@ -227,4 +243,4 @@ def _why(plan: GatePlan) -> str:
     return f"Units of the student: {'; '.join(reasons)[:300] or 'none were found'}."
 
 
-__all__ = ["LearntMasks", "Scaled"]
+__all__ = ["LearntMasks", "Scaled", "rehearse"]

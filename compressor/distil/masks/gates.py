@@ -7,6 +7,7 @@ into the stream (rows, biases, norms, embeddings), while every norm counts only 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -119,13 +120,8 @@ def _why_not_hidden(module: nn.Module, group: Group, groups: Sequence[Group]) ->
     if group.units < max(other.units for other in groups if other.kind == "hidden"):
         return "not the model's hidden width"
     holders = {owner(key.tensor) for key in group.index}
-    tensors = {id(_tensor(module, key.tensor)) for key in group.index if key not in group.consumed}
-    shared = [
-        name
-        for name, part in module.named_modules()
-        if name not in holders and any(id(own) in tensors for own in part.parameters(recurse=False))
-    ]
-    if shared or len(tensors) < len({key.tensor for key in group.index if key not in group.consumed}):
+    uses = Counter(id(own) for part in module.modules() for own in part.parameters(recurse=False))
+    if any(uses[id(_tensor(module, key.tensor))] > 1 for key in group.index):
         return "a weight of it is used twice (tied)"
     odd = [name for name in holders if "norm" in type(module.get_submodule(name)).__name__.lower()]
     if any(not isinstance(module.get_submodule(name), NORMS) for name in odd):

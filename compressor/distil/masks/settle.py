@@ -39,16 +39,16 @@ def settle(
     """
     wanted = _outputs(student, example)
     detach(student)
-    plain = _plain(student)
+    folded = plain(student)
     units = [cut for gate in _kinds(plan, hidden=False) if (cut := _cut(plan, gate, masks)) is not None]
     hidden = [cut for gate in _kinds(plan, hidden=True) if (cut := _cut(plan, gate, masks)) is not None]
-    narrow = commit(plain, units, example)
+    narrow = commit(folded, units, example)
     made = commit(narrow.module, hidden, example, exact=False)
     refused = {**narrow.refused, **made.refused}
     silent = [gate for gate in plan.gates.values() if gate.kind == "layers" and _is_off(gate, masks)]
     steps: Steps = (*narrow.record, *made.record)
     steps += _silence(made.module, silent, example, wanted)
-    smaller = _plain(student)
+    smaller = plain(student)
     apply(smaller, steps)
     if not _agree(wanted, _outputs(smaller, example)):
         raise StageError(
@@ -94,7 +94,7 @@ def _cut(plan: GatePlan, gate: Gate, masks: Mapping[str, Tensor]) -> Cut | None:
     return Cut(gate.group, keep) if len(keep) < gate.units else None
 
 
-def _plain(module: nn.Module) -> nn.Module:
+def plain(module: nn.Module) -> nn.Module:
     """A copy without hooks and replaced forwards, which belong to the original's training."""
     made = copy.deepcopy(module)
     for part in made.modules():
@@ -147,4 +147,4 @@ def _rows(gate: Gate) -> int:
     return 1 if gate.kind == "heads" else gate.group.width
 
 
-__all__ = ["STAGE", "settle"]
+__all__ = ["STAGE", "plain", "settle"]

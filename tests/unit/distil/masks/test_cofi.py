@@ -12,14 +12,14 @@ torch = pytest.importorskip("torch")
 from compressor.data.types import DataBundle  # noqa: E402
 from compressor.distil.loop import distil  # noqa: E402
 from compressor.distil.masks import mask_problems  # noqa: E402
-from compressor.distil.masks.cofi import LearntMasks  # noqa: E402
+from compressor.distil.masks.cofi import LearntMasks, rehearse  # noqa: E402
 from compressor.distil.objectives.base import Step  # noqa: E402
 from compressor.masks import CoFi  # noqa: E402
 from compressor.models.cost import count_parameters  # noqa: E402
 from compressor.models.rebuild import load_student, replay, save_student  # noqa: E402
 from compressor.recipe import DistilStage  # noqa: E402
 from tests.unit.distil.toy import Sentences, bundle, convnet, transformer  # noqa: E402
-from tests.unit.prune.conftest import bert, tokens  # noqa: E402, F401
+from tests.unit.prune.conftest import bert, pixels, tokens, vit  # noqa: E402, F401
 
 pytestmark = pytest.mark.train
 ALL = CoFi(target=0.8)
@@ -104,6 +104,18 @@ def _exported_equals(module, wanted, example, folder):
     assert np.abs(logits - wanted.numpy()).max() <= 1e-4
     softmaxes = [node for node in onnx.load(folder / "model.onnx").graph.node if node.op_type == "Softmax"]
     assert len(softmaxes) == 3  # of four attentions
+
+
+def test_a_vision_transformer_too_and_its_rehearsal(vit, pixels):  # noqa: F811
+    before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    rehearse(vit, pixels, ALL, 4)
+    assert all(torch.equal(before[name], tensor) for name, tensor in vit.state_dict().items())
+    masks = drawn(LearntMasks(vit, pixels, CoFi(target=0.8, round_to=4), seed=0), seed=3)
+    masked = outputs(vit, pixels)
+    masks.commit(vit, lambda: pixels)
+    assert torch.allclose(outputs(vit, pixels), masked, atol=1e-5)
+    assert vit.model.vit.layernorm.normalized_shape[0] % 4 == 0
+    assert vit.model.vit.layernorm.normalized_shape[0] < 32
 
 
 def test_channels_of_a_convolutional_net_take_part():
