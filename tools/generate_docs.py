@@ -138,7 +138,7 @@ def profiles_page() -> str:
 
 
 def methods_page() -> str:
-    from compressor.distil.catalogue import recipe_of, waits_for
+    from compressor.distil.catalogue import asks_for, recipe_of
     from compressor.distil.objectives.registry import describe, names
 
     parts = [HEADER + '# Distillation objectives\n\nNamed in a recipe as `[[stage.objective]] use = "name"`.\n']
@@ -146,7 +146,7 @@ def methods_page() -> str:
         options = "".join(f"- `{name}`: {kind}, default `{default}`\n" for name, kind, default in item.options)
         paste = f"\n```toml\n{recipe_of(item.name)}\n```\n"
         text = f"## `{item.name}`\n\n{inspect.cleandoc(item.text)}\n"
-        text += f"\nWaits for data with {waits_for(item.name)}.\n" if waits_for(item.name) else ""
+        text += f"\nAsks for {'; '.join(asks_for(item.name))}.\n" if asks_for(item.name) else ""
         parts.append(text + (f"\n{options}" if options else "") + paste)
     return "\n".join([*parts, *catalogue_table()])
 

@@ -163,7 +163,7 @@ def _show_row(row: Row, *, as_json: bool) -> int:
 
 def _show_objective(name: str, *, as_json: bool) -> int:
     """One objective: what it is, what it needs, defaults, paper, when to use it, and a recipe to paste."""
-    from compressor.distil.catalogue import family, ids_of, recipe_of, waits_for, when_of
+    from compressor.distil.catalogue import family, ids_of, recipe_of, when_of
     from compressor.distil.objectives.registry import describe
 
     found = describe(name)
@@ -177,15 +177,13 @@ def _show_objective(name: str, *, as_json: bool) -> int:
     if found.options:
         print("\noptions")
         facts({option: f"{kind} = {default}" for option, kind, default in found.options})
-    if waits_for(name):
-        print(f"\nwaits for data with {waits_for(name)}: `plan` refuses it until then")
     print(f"\nrecipe to paste\n\n{recipe_of(name)}")
     return 0
 
 
 def _reads(name: str) -> dict[str, str]:
     """What an objective reads, in words."""
-    from compressor.distil.catalogue import needs_of
+    from compressor.distil.catalogue import asks_for, needs_of
     from compressor.errors import StageError
 
     try:
@@ -194,7 +192,8 @@ def _reads(name: str) -> dict[str, str]:
         return {"unknown": f"{error} {error.hint}"}
     if needs is None:
         return {"signals": "as its `match` says"}
-    return {
+    asked = {"asks for": "; ".join(asks_for(name))} if asks_for(name) else {}
+    return asked | {
         "student": ", ".join(sorted(needs.student)) or "nothing",
         "teacher": ", ".join(sorted(needs.teacher)) or "nothing",
         "batch": ", ".join(sorted(needs.batch)) or "nothing",

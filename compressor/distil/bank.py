@@ -61,6 +61,7 @@ class Layout:
     dtype: str
     row: tuple[int, ...]
     ragged: bool
+    varies: bool = False  # a row is as wide as its batch: attention maps of texts, which no file can hold
 
     @classmethod
     def of(cls, name: str, signal: Tensor, mask: Tensor | None) -> Self:
@@ -69,7 +70,8 @@ class Layout:
         ragged = mask is not None and rows.dim() >= 3 and rows.shape[1] == mask.shape[1]
         exact = (name == "logits" and rows.shape[-1] <= EXACT_CLASSES) or name.startswith("logits.rest")
         kind = "<i4" if name == "logits.index" else "<f4" if exact else "<f2"
-        return cls(name, kind, tuple(rows.shape[2 if ragged else 1 :]), ragged)
+        varies = name.startswith("attn[") and mask is not None
+        return cls(name, kind, tuple(rows.shape[2 if ragged else 1 :]), ragged, varies)
 
     def bytes(self, samples: int, tokens: int) -> int:
         """Size of the file for so many samples with so many real tokens in all."""

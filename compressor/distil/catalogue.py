@@ -157,9 +157,12 @@ def recipe_of(objective: str) -> str:
     return f'[[stage]]\nkind = "distil"\nlabels = 0.5\n\n[[stage.objective]]\nuse = "{objective}"\nweight = 0.5'
 
 
-def waits_for(objective: str) -> str:
-    """What an objective needs that no data source brings yet; empty for nearly all."""
-    return str(_data()["waiting"].get(objective, ""))
+def asks_for(objective: str) -> tuple[str, ...]:
+    """Where the values come from that an objective needs beside signals, labels and masks; empty for most."""
+    from compressor.distil.terms import SOURCES
+
+    needs = needs_of(objective)
+    return tuple(SOURCES[field] for field in sorted(needs.batch) if field in SOURCES) if needs is not None else ()
 
 
 def when_of(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,6 +52,9 @@ def fit_problems(
     found += _strategy_problems(stage, where, example)
     if any(isinstance(item, MixStrategy) and item.by == "domain" for item in stage.strategy) and not data.domains:
         found.append(Problem(f"{where}.strategy", "mix by domain needs the column of domains: give `data.domain`"))
+    names = [name for name, _ in module.named_parameters()]
+    if stage.freeze and all(any(fnmatch(name, pattern) for pattern in stage.freeze) for name in names):
+        found.append(Problem(f"{where}.freeze", "freezes every parameter: nothing would train"))
     if "mask" in stage.augment:
         from compressor.distil.stream import TrainingSet
 
@@ -199,7 +203,18 @@ def warnings(stage: DistilStage, module: nn.Module, processes: int) -> Sequence[
     """What works, but not as one might think."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
+    found = _pattern_warnings(stage, module)
     pieces = stage.accumulate * processes
     if pieces > 1 and any(isinstance(part, _BatchNorm) for part in module.modules()):
-        return (f"batch normalisation sees pieces of {stage.batch // pieces} samples, not the batch of {stage.batch}",)
-    return ()
+        found += [f"batch normalisation sees pieces of {stage.batch // pieces} samples, not the batch of {stage.batch}"]
+    return tuple(found)
+
+
+def _pattern_warnings(stage: DistilStage, module: nn.Module) -> list[str]:
+    """Patterns of parameter names that match nothing; heads of the stage's own objectives are not known here."""
+    names = [name for name, _ in module.named_parameters()]
+    lost = {
+        key: [pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in names)]
+        for key, patterns in (("freeze", stage.freeze), ("unfreeze", stage.unfreeze))
+    }
+    return [f"`{key}`: `{pattern}` matches no parameter" for key, patterns in lost.items() for pattern in patterns]

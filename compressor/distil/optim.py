@@ -73,11 +73,16 @@ class Thaw:
     """
 
     def __init__(self, student: nn.Module, patterns: Sequence[str], by: float) -> None:
-        """``patterns``: one a group, the first trains at once; a parameter belongs to the first that matches it."""
-        self._student, self._by, self._count = student, by, len(patterns)
+        """``patterns``: one a group, the first trains at once; a parameter belongs to the first that matches it.
+
+        Patterns that match nothing are no groups, so that something trains from the first step on.
+        """
+        self._student, self._by = student, by
         self._open = -1
         groups = [(next((i for i, w in enumerate(patterns) if fnmatch(n, w)), 0), p) for n, p in _trained(student)]
-        self._groups = [[p for number, p in groups if number == group] for group in range(len(patterns))]
+        found = ([p for number, p in groups if number == group] for group in range(len(patterns)))
+        self._groups = [group for group in found if group]
+        self._count = len(self._groups)
 
     def at(self, step: int, total: int) -> bool:
         """Open what trains at this step; did that change something?"""

@@ -87,6 +87,8 @@ class OnPolicy:
     def _write(self, inputs: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
         if "decoder_input_ids" in inputs:
             return self._write_targets({name: inputs[name] for name in SOURCE}, step)
+        if self.config.guess is not None:
+            return self._guess(inputs, self.config.guess, step)
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         shortest = ids.shape[1] if mask is None else int(mask.sum(1).min())
         length = min(self.config.prompt_tokens, shortest)
@@ -97,6 +99,26 @@ class OnPolicy:
             top_k=self.config.top_k, seed=_number(self.seed, "tokens", step) >> 1, end=self.end,
         )  # fmt: skip
         return {"ids": made.ids, "mask": made.mask, "prompt": torch.tensor(length)}
+
+    def _guess(self, inputs: Mapping[str, Tensor], share: float, step: int) -> dict[str, Tensor]:
+        """The data's tokens, some replaced by what the student expects after the tokens before them, in one pass.
+
+        Every guess is the student's likeliest token after the data's own prefix: the errors of writing without its
+        cost. Source: methods X14 (KID), from its abstract.
+        """
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        training = [part for part in self.student.modules() if part.training]
+        self.student.eval()
+        with torch.no_grad():
+            expected = self.student(**inputs).argmax(-1)[:, :-1]
+        for part in training:
+            part.training = True
+        random = torch.Generator().manual_seed(_number(self.seed, "guess", step) >> 1)
+        replaced = torch.rand(expected.shape, generator=random).to(ids.device) < share
+        mask = torch.ones_like(ids) if mask is None else mask
+        replaced &= mask[:, 1:] != 0
+        made = torch.cat([ids[:, :1], torch.where(replaced, expected, ids[:, 1:])], dim=1)
+        return {"ids": made, "mask": mask, "prompt": torch.tensor(1)}
 
     def _write_targets(self, sources: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         made = write_targets(

@@ -206,6 +206,8 @@ def decide(
     why = ""
     if online:
         why = "an objective needs the teacher online"
+    elif any(layout.varies for layout in layouts.values()):
+        why = "attention maps of texts are as wide as their batch"
     elif any(name.startswith(ENCODER) for name in layouts):
         why = "an encoder's signals are not kept"
     elif size > limit:

@@ -59,6 +59,23 @@ def test_both_answers_train_from_blocks_and_the_share_follows_validation(tmp_pat
     assert [record.values["rollouts.replay"] for record in result.history][-1] == 0.0
 
 
+def test_guesses_replace_tokens_of_the_data_in_one_pass() -> None:
+    ids = torch.randint(1, 12, (3, 9), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs["attention_mask"][0, 6:] = 0
+    made = rollouts(fraction=1.0, guess=1.0)
+    found, batch = made.step(dict(inputs), Batch(LABELS, inputs["attention_mask"]), 0)
+    expected = made.student(**inputs).argmax(-1)
+    assert torch.equal(found["input_ids"][1:, 1:], expected[1:, :-1])  # each after the data's own prefix
+    assert torch.equal(found["input_ids"][:, 0], ids[:, 0])
+    assert torch.equal(found["input_ids"][0, 6:], ids[0, 6:])  # padding stays
+    assert batch.response.sum(1).tolist() == [5, 8, 8]
+    none, _ = rollouts(fraction=1.0, guess=0.0).step(dict(inputs), Batch(LABELS, inputs["attention_mask"]), 0)
+    assert torch.equal(none["input_ids"], ids)
+    some, _ = rollouts(fraction=1.0, guess=0.5).step(dict(inputs), Batch(LABELS, inputs["attention_mask"]), 0)
+    assert 0 < int((some["input_ids"] != ids).sum()) < int((found["input_ids"] != ids).sum())
+
+
 @pytest.mark.parametrize("value", [1.5, -0.1, {"kind": "linear", "from": 0.0, "to": 2.0}])
 def test_shares_lie_between_0_and_1(value: object) -> None:
     with pytest.raises(ValidationError):

@@ -20,7 +20,9 @@ def test_the_table_has_every_row_once_with_one_status() -> None:
     assert len({row.id for row in rows}) == 141
     for row in rows:
         assert row.title
-        assert bool(row.built or row.part) + bool(row.recipe) + bool(row.reason) == 1, row.id
+        carried = bool(row.built or row.part) or bool(row.recipe)
+        assert carried != bool(row.reason), row.id
+        assert row.status == ("not offered" if row.reason else "built" if row.built or row.part else "recipe")
 
 
 def test_built_names_are_registered_and_registered_names_are_in_the_table() -> None:
@@ -58,4 +60,39 @@ def test_the_options_in_a_recipe_are_the_objectives_own(recipe: str) -> None:
     for stage in validate(Recipe, tomllib.loads(recipe), "recipe").stage:
         if isinstance(stage, DistilStage):
             fields = frozenset(SOURCES)  # what data and stage may bring
-            assert [p.what for p in check(stage, catalogue.USUAL, catalogue.USUAL, fields=fields)] == []
+            taught = {**catalogue.USUAL, "big:logits": 1}
+            assert [p.what for p in check(stage, catalogue.USUAL, taught, fields=fields)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("X1", "X1"), ("x1", "X1"), ("GKD", "X1"), ("gkd", "X1"), ("T5", "T5"), ("BiStil", "T5"), ("DistilBERT", "F2"),
+     ("MiniLM", "F1"), ("distillm 2", "X6"), ("DKD", "L3"), ("Well-Read Students", "T1"), ("uDistil-Whisper", "T8")],
+)  # fmt: skip
+def test_rows_are_found_by_id_short_name_and_title(name: str, wanted: str) -> None:
+    assert [row.id for row in catalogue.find(name)] == [wanted]
+
+
+def test_unclear_names_give_all_rows_and_unknown_ones_none() -> None:
+    assert {row.id for row in catalogue.find("cross-tokenizer")} == {"X10", "X11"}
+    assert catalogue.find("no such paper") == ()
+    assert catalogue.find("?") == ()
+
+
+@pytest.mark.parametrize("row", catalogue.rows(), ids=lambda row: row.id)
+def test_every_row_can_be_shown(row: catalogue.Row, capsys: pytest.CaptureFixture[str]) -> None:
+    from compressor.cli.listing import methods_show_command
+
+    assert methods_show_command(row.id, as_json=False) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{row.id}: {row.title} ({row.status})")
+    if row.text:
+        assert validate(Recipe, tomllib.loads(shown.partition("recipe to paste")[2]), row.id).stage
+    else:
+        assert row.reason or row.part
+
+
+def test_papers_speak_of_rows_that_exist() -> None:
+    known = tomllib.loads(catalogue.PAPERS.read_text(encoding="utf-8"))
+    assert set(known) <= {row.id for row in catalogue.rows()}
+    assert all(item.get("paper") for item in known.values())
