@@ -85,6 +85,16 @@ def movie_reviews(work: Path) -> None:
     run_recipe("movie-reviews", work, "recipes/movie-reviews.toml")
 
 
+def debian_search(work: Path) -> None:
+    """Retrieval: MiniLM-L6 and a student of three layers with vectors of 128, on descriptions of Debian's packages."""
+    if not (ROOT / "build/debian-search/train.csv").is_file():
+        command([sys.executable, "-m", "examples.debian_search.prepare"])
+    run = run_recipe("debian-search", work, "recipes/debian-search.toml")
+    text = command([sys.executable, "-m", "tools.search_check", str(run)])
+    page = "# The package of the search encoder\n\n`python -m tools.search_check RUN`, queries of the test set:\n\n"
+    (EVIDENCE / "debian-search" / "package.md").write_text(page + text)
+
+
 def text_structure(work: Path) -> None:
     """The text teacher five times faster by structure alone: learnt masks, Minitron's cut, truncation."""
     from tools.text_structure import page
@@ -252,6 +262,17 @@ def causal_lm(work: Path) -> None:
     (EVIDENCE / "causal-lm.md").write_text(page)
 
 
+def grapheme_to_phoneme(work: Path) -> None:
+    """Encoder-decoder: a T5 that spells words out in phonemes, and its student with one decoder layer."""
+    if not (ROOT / "build/g2p/train.csv").is_file():
+        command([sys.executable, "-m", "examples.grapheme_to_phoneme.prepare"])
+    if not (ROOT / "build/g2p-teacher/config.json").is_file():
+        command([sys.executable, "-m", "examples.grapheme_to_phoneme.train_teacher"])
+    run = run_recipe("grapheme-to-phoneme", work, "recipes/grapheme-to-phoneme.toml")
+    text = command([sys.executable, "-m", "tools.grapheme_to_phoneme", str(run)])
+    (EVIDENCE / "grapheme-to-phoneme" / "README.md").write_text(text)
+
+
 def importance_memory(_work: Path) -> None:
     """Peak memory of importance at 100 and at 10,000 calibration samples."""
     page = (
@@ -265,6 +286,7 @@ def importance_memory(_work: Path) -> None:
 SECTIONS: dict[str, Callable[[Path], None]] = {
     "fashion-mnist": fashion_mnist,
     "movie-reviews": movie_reviews,
+    "debian-search": debian_search,
     "public-models": public_models,
     "mobilenet-v2": mobilenet_v2,
     "distil-speed": distil_speed,
@@ -275,6 +297,7 @@ SECTIONS: dict[str, Callable[[Path], None]] = {
     "profiles-cost": profiles_cost,
     "quantizers": quantizers,
     "causal-lm": causal_lm,
+    "grapheme-to-phoneme": grapheme_to_phoneme,
     "importance-memory": importance_memory,
 }
 

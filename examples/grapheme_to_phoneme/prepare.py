@@ -8,7 +8,7 @@ only its file is read here. The package's Python wrapper is GPL-3.0-or-later; it
 into a model.
 
 Words of the letters a-z, two and longer; the first pronunciation of each, without stress: 39 phonemes. The test words
-are drawn by seed; what differs from one only by a final ``s``, ``'s``, ``ed`` or ``ing`` stands on the same side as it.
+are drawn by seed; what differs from one only by a final ``s``, ``ed`` or ``ing`` stands on the same side as it.
 """
 
 from __future__ import annotations
