@@ -24,6 +24,7 @@ MUCH_UNLABELLED = 4  # times the labelled ones
 STEPS = 4000  # that a small student gets, by way of epochs
 SHORT_STEPS = 650  # that a transformer with fewer layers gets: it starts from its teacher's weights
 CLASSIFIERS = ("image-classification", "text-classification")
+SHORT_VECTOR = 128  # dimensions: the size that homomorphic projection was published with
 EMBEDDINGS = ("sentence-embedding", "sentence-similarity", "retrieval")
 
 
@@ -143,6 +144,8 @@ def _effort(facts: Facts, samples: int) -> tuple[int, int, float]:
 
 
 def _term(facts: Facts) -> _Term:
+    if facts.task in EMBEDDINGS and facts.teacher == "transformer":
+        return _encoder(facts)
     if facts.task in EMBEDDINGS:
         reason = "cosine of the embeddings and hidden states: no labels are needed (F1, F2)"
         match = {"student": "logits", "teacher": "logits"}
@@ -155,6 +158,23 @@ def _term(facts: Facts) -> _Term:
         reason = "kd at temperature 1: the first thing to try for every task with logits (L1)"
         return _Term([_kd(1.0, 0.5)], 0.5 if facts.labelled else 0.0, reason, {})
     return _classifier(facts)
+
+
+def _encoder(facts: Facts) -> _Term:
+    """Shorter vectors that are as alike as the teacher's."""
+    short: dict[str, object] = {
+        "use": "homomorphic-projection", "weight": 100.0, "options": {"size": SHORT_VECTOR, "tanh": False},
+    }  # fmt: skip
+    terms = [short, {"use": "similarity", "weight": 10.0}]
+    reason = (
+        f"homomorphic-projection: vectors of {SHORT_VECTOR} dimensions learn the teacher's principal components (R2b; lower "
+        "`size` where the teacher's are shorter), and similarity: the cosines of a batch become the teacher's (R2)"
+    )
+    if facts.task != "retrieval" or not facts.labelled:
+        return _Term(terms, 0.0, reason + "; no labels are needed", {})
+    terms.append({"use": "similarity", "weight": 1.0, "options": {"compare": "kl", "pairs": True, "temperature": 0.05}})
+    reason += "; how it ranks the passages of a batch for each query too (W1), and a little of the pairs themselves"
+    return _Term(terms, 0.1, reason, {"batch": 64})
 
 
 def _classifier(facts: Facts) -> _Term:

@@ -53,6 +53,16 @@ def test_few_labels_and_few_classes_have_their_methods() -> None:
     assert agnostic.objective[0].use == "minilm-relations"
 
 
+def test_encoders_get_shorter_vectors_and_pairs_are_used_where_there_are_some() -> None:
+    search = distil(facts_of("retrieval", 0, 4000, 0, "transformer", HERE, 6))
+    assert [item.use for item in search.objective] == ["homomorphic-projection", "similarity", "similarity"]
+    assert search.objective[2].options["pairs"]
+    assert search.labels == 0.1
+    alike = distil(facts_of("sentence-embedding", 0, 0, 4000, "transformer", HERE, 6))
+    assert [item.use for item in alike.objective] == ["homomorphic-projection", "similarity"]
+    assert alike.labels == 0.0
+
+
 def test_a_file_is_only_quantized() -> None:
     found = recommend(facts_of("image-classification", 10, 100, 0, "onnx", HERE))
     assert [stage.kind for stage in found.recipe.stage] == ["quantize"]
