@@ -167,8 +167,8 @@ def _encoder(facts: Facts) -> _Term:
     }  # fmt: skip
     terms = [short, {"use": "similarity", "weight": 10.0}]
     reason = (
-        f"homomorphic-projection: vectors of {SHORT_VECTOR} dimensions learn the teacher's principal components (R2b; lower "
-        "`size` where the teacher's are shorter), and similarity: the cosines of a batch become the teacher's (R2)"
+        f"homomorphic-projection: vectors of {SHORT_VECTOR} dimensions learn the teacher's principal components (R2b; "
+        "lower `size` for a teacher with fewer), and similarity: the cosines of a batch become the teacher's (R2)"
     )
     if facts.task != "retrieval" or not facts.labelled:
         return _Term(terms, 0.0, reason + "; no labels are needed", {})
