@@ -7,7 +7,8 @@
     └── TargetError          a device tool chain                           1
         ├── TargetUnavailable    it is not installed or cannot run here    4
         ├── CompileError         it refused the model                      1
-        └── RunError             the compiled model failed while running   1
+        ├── RunError             the compiled model failed while running   1
+        └── DeviceLost           an attached device does not answer any more   1
 
 Every error carries a one-sentence ``hint``: what the user can do about it.
 """
@@ -89,6 +90,10 @@ class CompileError(TargetError):
 
 class RunError(TargetError):
     """The compiled model failed while running."""
+
+
+class DeviceLost(TargetError):
+    """An attached device does not answer any more. It is no fault of a model: the run ends, and can be resumed."""
 
 
 @contextmanager

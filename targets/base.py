@@ -20,6 +20,7 @@ class Ready:
     device: str
     versions: Mapping[str, str]
     runs: Origin | None
+    attached: bool = False  # the profile's own device is reached from here: figures are the device's
     why_not: str = ""  # when ``runs`` is None: the reason, for the report
 
 

@@ -51,7 +51,7 @@ def find_site(profile: HardwareProfile, backend: TargetBackend, ready: Ready) ->
     if ready.runs is None:
         return _stand_in(ready)
     key = _key(backend, ready)
-    if profile.here == "this-machine" or ready.device == profile.compute.processor:
+    if profile.here == "this-machine" or ready.attached or ready.device == profile.compute.processor:
         simulator = f"{backend.name} is a simulator: its speed says nothing about a device"
         why = "" if ready.runs is Origin.MEASURED else simulator
         state = State.PROXY if why else State.EXECUTED
@@ -59,7 +59,7 @@ def find_site(profile: HardwareProfile, backend: TargetBackend, ready: Ready) ->
     if ready.runs is Origin.SIMULATED:
         why = f"no {profile.name} attached: {backend.name} runs here in a simulator, which has no device's speed"
         return Site(backend, profile, ready.device, ready.runs, State.PROXY, False, why, key)
-    why = f"no {profile.name} attached; measure there with the profile `this-machine`"
+    why = f"no {profile.name} attached; attach it (--device), or measure there with the profile `this-machine`"
     return Site(backend, profile, ready.device, Origin.PROXY, State.PROXY, False, why, key)
 
 

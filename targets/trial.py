@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from compressor.errors import CompressError, RunError, sdk_errors
+from compressor.errors import CompressError, DeviceLost, RunError, sdk_errors
 from compressor.evaluate import EvalSet, batch_size, fill_batch, fit_inputs, fixed_batch, predict
 from compressor.profile import HardwareProfile
 from compressor.types import Array, Artifact, Figure, Inputs, Measurement, Task, Unavailable
@@ -157,6 +157,8 @@ def _time(run: Deployment, files: dict[str, Trial], inputs: dict[str, list[dict[
                 session = stack.enter_context(run.site.open(trial.compiled))
                 with sdk_errors(RunError, f"run `{trial.artifact.name}`"):
                     session.run(samples[0])
+            except DeviceLost:
+                raise
             except CompressError as error:
                 trial.failure = str(error)
                 continue

@@ -48,6 +48,10 @@ Seeds = Annotated[
     int,
     typer.Option("--seeds", min=1, max=31, help="Train student and null twin with so many seeds, and compare them."),
 ]
+Devices = Annotated[
+    list[str] | None,
+    typer.Option("--device", help="An attached device, PROFILE=ssh://user@host: its files run there; may be repeated."),
+]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that a hub model brings.")]
 
 
@@ -64,6 +68,7 @@ def run(
     trust_remote_code: RemoteCode = False,
     teacher: Teachers = None,
     seeds: Seeds = 1,
+    device: Devices = None,
     tracker: Annotated[
         str | None, typer.Option("--tracker", help="tensorboard or mlflow: curves, under the run folder.")
     ] = None,
@@ -74,8 +79,9 @@ def run(
     from compressor.cli.session import Request
 
     request = Request(
-        recipe, model, data, tuple(profile or ()), max_drop, task, out, trust_remote_code, tuple(teacher or ()), seeds
-    )
+        recipe, model, data, tuple(profile or ()), max_drop, task, out, trust_remote_code, tuple(teacher or ()), seeds,
+        tuple(device or ()),
+    )  # fmt: skip
     raise typer.Exit(run_command(request, remeasure=remeasure, as_json=json, tracker=tracker))
 
 
@@ -107,12 +113,13 @@ def plan(
 def profile(
     model: Annotated[Path, typer.Argument(help="model.onnx")],
     profile: Profiles = None,
+    device: Devices = None,
     json: Json = False,
 ) -> None:
     """Measure the latency and memory of an ONNX file on a profile. No data needed, nothing is changed."""
     from compressor.cli.latency import profile_command
 
-    raise typer.Exit(profile_command(model, tuple(profile or ("this-machine",)), as_json=json))
+    raise typer.Exit(profile_command(model, tuple(profile or ("this-machine",)), tuple(device or ()), as_json=json))
 
 
 @app.command()

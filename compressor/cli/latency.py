@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from compressor.cli.output import stdout_json, table
+from compressor.cli.session import check_devices
 from compressor.errors import CompressError, TargetUnavailable
 from compressor.profile import HardwareProfile, load_profile
 from compressor.recipe import PruneStage, Recipe
@@ -18,11 +19,12 @@ from compressor.types import Array, Artifact, Figure, Format, Measurement, Origi
 DEFAULT_SEQUENCE = 64  # length of a dynamic dimension that is not the batch, when the profile's options do not say
 
 
-def profile_command(model: Path, names: Sequence[str], *, as_json: bool) -> int:
+def profile_command(model: Path, names: Sequence[str], devices: Sequence[str], *, as_json: bool) -> int:
     """Measure on every profile; exit code 4 when a target is missing here."""
     artifact = artifact_of(model)
     profiles = [load_profile(name) for name in names]
-    found = [measure_profile(artifact, profile) for profile in profiles]
+    check_devices(devices, profiles)
+    found = [measure_profile(artifact, profile, devices) for profile in profiles]
     code = TargetUnavailable.exit_code if any(item.get("missing") for item in found) else 0
     if as_json:
         stdout_json([{**item, "latency": _plain(item["latency"]), "memory": _plain(item["memory"])} for item in found])
@@ -65,12 +67,13 @@ def artifact_of(path: Path) -> Artifact:
     )
 
 
-def measure_profile(artifact: Artifact, profile: HardwareProfile) -> dict[str, Any]:
+def measure_profile(artifact: Artifact, profile: HardwareProfile, devices: Sequence[str] = ()) -> dict[str, Any]:
     """One profile's figures; what cannot be had says why."""
     from targets.base import Missing
     from targets.registry import get
+    from targets.remote import attach, parse_devices
 
-    backend = get(profile.target)
+    backend = attach(get(profile.target), profile, parse_devices(devices))
     result: dict[str, Any] = {
         "profile": profile.name,
         "target": profile.target,
@@ -101,9 +104,10 @@ def _figures(backend: Any, compiled: Any, profile: HardwareProfile, state: Any) 
     if state.runs is not Origin.MEASURED:
         gone = Unavailable(f"{backend.name} gives {state.runs.value} results: it is not timed")
         return gone, gone
-    if profile.here != "this-machine":
+    if profile.here != "this-machine" and not state.attached:
         gone = Unavailable(
-            f"no {profile.name} is attached to this machine", "Profile it with `--profile this-machine` there."
+            f"no {profile.name} is attached to this machine",
+            "Attach it: --device PROFILE=ssh://user@host, or use `--profile this-machine` there.",
         )
         return gone, gone
     from targets.measure import measure

@@ -228,6 +228,7 @@ def _deploy(
     from targets.deploy import Candidates, deploy
     from targets.outcome import Promise
     from targets.registry import get
+    from targets.remote import attach, parse_devices
     from targets.report.serialise import read_outcome, write_outcome
 
     promise = Promise(**session.recipe.accept.model_dump())
@@ -239,6 +240,7 @@ def _deploy(
             "profile": profile.model_dump(mode="json"),
             "promise": vars(promise),
             "data": {name: session.data.digests[name] for name in ("validation", "test")},
+            "device": session.request.device_of(profile.name),
             "machine": {name: value for name, value in facts().items() if name not in VOLATILE},
             "code": code_digest("evaluate", "types"),
             "targets": _targets_digest(),
@@ -250,7 +252,8 @@ def _deploy(
         log("stage-done", {"stage": f"deploy {profile.name}", "key": key[:16], "reused": True, "seconds": 0.0})
         return found
     out.mkdir(parents=True, exist_ok=True)
-    outcome = deploy(profile, get(profile.target), candidates, data, promise, out, cache=predictions, on_event=log)
+    backend = attach(get(profile.target), profile, parse_devices(session.request.devices))
+    outcome = deploy(profile, backend, candidates, data, promise, out, cache=predictions, on_event=log)
     write_outcome(stored, outcome, key)
     return outcome
 

@@ -49,6 +49,11 @@ class Request:
     trust_remote_code: bool = False
     teachers: tuple[str, ...] = ()  # NAME=pkg.mod:factory
     seeds: int = 1  # pairs of student and null twin that are trained and compared
+    devices: tuple[str, ...] = ()  # PROFILE=ssh://user@host
+
+    def device_of(self, profile: str) -> str | None:
+        """Address of the device that is attached for a profile."""
+        return dict(word.split("=", 1) for word in self.devices).get(profile)
 
     @property
     def factory(self) -> str | None:
@@ -159,6 +164,7 @@ def open_session(request: Request) -> Session:
 
     recipe = recipe_of(request)
     profiles = _load_profiles(recipe)
+    check_devices(request.devices, profiles)
     if recipe.data.source is None and request.loader is None:
         raise PlanError.single("data.source", "is required", hint="Give `[data] source` in the recipe, or --data.")
     raw = read_raw(recipe.data, loader=request.loader)
@@ -245,6 +251,22 @@ def _load_profiles(recipe: Recipe) -> tuple[HardwareProfile, ...]:
     if problems:
         raise ConfigError("the list of profiles", problems, hint="`compress-for-device profiles list` shows all.")
     return tuple(profiles)
+
+
+def check_devices(words: Sequence[str], profiles: Sequence[HardwareProfile]) -> None:
+    """Addresses that can be read, of profiles that are asked for and whose target runs over a network."""
+    if not words:
+        return
+    from targets.registry import get
+    from targets.remote import attach, parse_devices
+
+    devices, names = parse_devices(words), [profile.name for profile in profiles]
+    for name in devices:
+        if name not in names:
+            what = f"is not one of the profiles of this run ({', '.join(names)})"
+            raise ConfigError.single("--device", name, what, hint="Give its profile by --profile too.")
+    for profile in profiles:
+        attach(get(profile.target), profile, devices)
 
 
 def _objective_names() -> Sequence[str]:

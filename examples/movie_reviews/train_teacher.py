@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("build/movie-reviews"))
     parser.add_argument("--encoder", type=Path)
     parser.add_argument("--out", type=Path, default=Path("build/movie-teacher"))
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=8e-5)
     parser.add_argument("--seed", type=int, default=0)

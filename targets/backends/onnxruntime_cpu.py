@@ -122,18 +122,24 @@ def open_session(path: Path, profile: HardwareProfile, save_to: Path | None = No
     options.inter_op_num_threads = 1
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, LEVELS[profile.runtime.graph_level])
     options.enable_cpu_mem_arena = profile.runtime.arena
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
-    # Threads stop spinning when a run ends: an idle session must not slow the next one of an interleaved measurement.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry(
-        "session.set_denormal_as_zero", str(int(profile.options.get("denormal_as_zero", 0)))
-    )
+    for key, value in session_entries(profile).items():
+        options.add_session_config_entry(key, value)
     if save_to is not None:
         options.optimized_model_filepath = str(save_to)
     session = onnxruntime.InferenceSession(str(path), options, providers=[PROVIDER])
     if session.get_providers() != [PROVIDER]:  # unknown providers only warn and fall back
         raise RunError(f"ONNX Runtime chose {session.get_providers()} instead of {PROVIDER}")
     return session
+
+
+def session_entries(profile: HardwareProfile) -> dict[str, str]:
+    """Session configuration entries, here and on an attached device."""
+    return {
+        "session.intra_op.allow_spinning": "1",
+        # Threads stop spinning when a run ends: an idle session must not slow the next of an interleaved measurement.
+        "session.force_spinning_stop": "1",
+        "session.set_denormal_as_zero": str(int(profile.options.get("denormal_as_zero", 0))),
+    }
 
 
 def _threads(profile: HardwareProfile) -> int:

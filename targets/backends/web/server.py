@@ -12,7 +12,6 @@ import json
 import queue
 import secrets
 import shutil
-import struct
 import subprocess
 import tempfile
 import threading
@@ -22,10 +21,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from compressor.errors import RunError
 from compressor.types import Array
+from targets.messages import decode, encode
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _FLAGS = (
@@ -110,32 +108,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _handler(page: Page) -> type[BaseHTTPRequestHandler]:
     return type("PageHandler", (_Handler,), {"page": page})
-
-
-def encode(header: Mapping[str, Any], arrays: Mapping[str, Array]) -> bytes:
-    """A message: header length, header, bytes of the arrays (see page/runner.js)."""
-    tensors, parts = [], []
-    for name, array in arrays.items():
-        content = np.ascontiguousarray(array)
-        tensors.append(
-            {"name": name, "type": str(content.dtype), "dims": list(content.shape), "bytes": int(content.nbytes)}
-        )
-        parts.append(content.tobytes())
-    head = json.dumps({**header, "tensors": tensors}).encode()
-    return struct.pack("<I", len(head)) + head + b"".join(parts)
-
-
-def decode(message: bytes) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Header and arrays of a message."""
-    (size,) = struct.unpack_from("<I", message)
-    header: dict[str, Any] = json.loads(message[4 : 4 + size])
-    arrays: dict[str, Array] = {}
-    offset = 4 + size
-    for item in header.pop("tensors", []):
-        end = offset + int(item["bytes"])
-        arrays[item["name"]] = np.frombuffer(message[offset:end], item["type"]).reshape(item["dims"])
-        offset = end
-    return header, arrays
 
 
 class Browser:

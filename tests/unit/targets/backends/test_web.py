@@ -19,9 +19,10 @@ from compressor.errors import RunError
 from compressor.profile import load_profile
 from compressor.types import Artifact, Format, TensorSpec, file_digest
 from targets import registry
-from targets.backends.web.server import decode, encode, find_browser
+from targets.backends.web.server import find_browser
 from targets.base import Missing, SelfTimed
 from targets.measure import Settings, measure
+from targets.messages import decode, encode
 
 PROFILE = "this-machine-chromium"
 
