@@ -111,9 +111,10 @@ def candidates(groups: Groups, config: Negatives, embed: Embed | None, seed: int
 
 def _nearest(
     queries: Array, passages: Array, count: int, embed: Embed | None, random: np.random.Generator
-) -> Array | list[Array]:
+) -> list[Array]:
     """The first ``count`` passages for each query."""
     if embed is None:
         return [passages[random.permutation(len(passages))[:count]] for _ in queries]
     asked, corpus = (F.normalize(embed(positions).float(), dim=-1) for positions in (queries, passages))
-    return passages[(asked @ corpus.T).topk(min(count, len(passages)), dim=1).indices.numpy()]
+    best: Array = (asked @ corpus.T).topk(min(count, len(passages)), dim=1).indices.numpy()
+    return [passages[row] for row in best]
