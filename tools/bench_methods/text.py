@@ -143,7 +143,7 @@ def outputs(module: nn.Module, split: TextSplit, batch: int = 64) -> Array:
     order = np.argsort(split.lengths, kind="stable")
     found: list[Array] = []
     module.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):  # as they were trained
         for index in np.array_split(order, -(-len(order) // batch)):
             inputs = {name: torch.from_numpy(array) for name, array in split.batch(index).items()}
             found.append(module(**inputs).float().numpy())
