@@ -24,7 +24,13 @@ def findings(
     other_seeds: Sequence[Sequence[StageResult]] = (),
 ) -> tuple[Finding, ...]:
     """Everything that the checks have to say about this run; ``other_seeds``: the stages of further pairs."""
-    found = [*_contamination(session), *_canaries(session, outcomes), *_power(session, outcomes), *_hacking(stages)]
+    found = [
+        *_contamination(session),
+        *_written(session, stages),
+        *_canaries(session, outcomes),
+        *_power(session, outcomes),
+        *_hacking(stages),
+    ]
     for number, more in enumerate(other_seeds, 1):
         found += _hacking(more, f", seed {session.recipe.seed + number}")
     return tuple(found)
@@ -47,6 +53,28 @@ def _contamination(session: Session) -> Iterator[Finding]:
         policy = " and were dropped" if item.count and session.recipe.data.near_duplicates == "drop" else ""
         state = "alarm" if item.count and item.part.startswith("data of teacher") else "note" if item.count else "clear"
         yield Finding(f"contamination, {item.part}", state, f"{text}{policy}{examples}")
+
+
+def _written(session: Session, stages: Sequence[StageResult]) -> Iterator[Finding]:
+    """Text that the teacher wrote for the student, against the test text: equal runs of tokens."""
+    from compressor.data.overlap import RUN_TOKENS, sharing
+    from compressor.stages.sequences import FILE
+    from targets.outcome import Finding
+
+    for stage in stages:
+        path = stage.folder / FILE
+        if stage.stage != "seq-kd" or not path.is_file():
+            continue
+        with np.load(path, allow_pickle=False) as stored:
+            rows = stored["labels"]
+        for against in ("test", "fresh"):
+            labels = session.data.splits[against].labels if against in session.data.splits else None
+            if labels is None:
+                continue
+            count = sharing(rows, labels)
+            text = f"{count} of {len(rows):,} sequences of the teacher hold {RUN_TOKENS} tokens in a row of {against}"
+            state = "alarm" if count > 0.01 * len(rows) else "note" if count else "clear"
+            yield Finding(f"contamination, teacher-made text ({against})", state, text)
 
 
 def _shipped(outcomes: Sequence[ProfileOutcome]) -> Iterator[tuple[str, Row, float]]:
