@@ -98,7 +98,11 @@ def temperatures() -> dict[str, Row]:
         "kd4-2000": Row("kd at temperature 4, weight 0.5 > labels, 2000 images", hot[2000], plain(2000), ids="L1"),
         "kd4-10000": Row("kd at temperature 4, weight 0.5 > labels, 10,000 images", hot[10_000], plain(10_000),
                          ids="L1"),
-        "kd1-kd4": Row("kd at temperature 1, weight 0.9 > at temperature 4, weight 0.5; 10,000 images",
+        "kd2-kd4-500": Row("kd at temperature 2, weight 0.9 > at temperature 4, weight 0.5; 500 images",
+                           taught(500, kd(2.0, 0.9)), hot[500], ids="L1"),
+        "kd1-kd4-2000": Row("kd at temperature 1, weight 0.9 > at temperature 4, weight 0.5; 2000 images",
+                            taught(2000, KD), hot[2000], ids="L1"),
+        "kd1-kd4-10000": Row("kd at temperature 1, weight 0.9 > at temperature 4, weight 0.5; 10,000 images",
                        taught(10_000, KD), hot[10_000], ids="L1"),
     }  # fmt: skip
 
