@@ -1,0 +1,199 @@
+"""Write ``docs/targets.md``: what every target really does with every group of operators, on this machine, today.
+
+    python -m tools.generate_targets [--only TARGET ...]
+
+Each group (tools/operator_groups.py) is compiled, float and int8, by every target that is here, run where it runs, and
+compared with ONNX Runtime on the same file. Nothing is assumed: a cell is what happened.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+from compressor.errors import CompressError
+from compressor.profile import HardwareProfile, load_profile, profile_names
+from compressor.types import Artifact
+from targets import registry
+from targets.base import Missing, TargetBackend
+from tools.operator_groups import GROUPS, as_artifact, samples, write_group
+
+PAGE = Path(__file__).parents[1] / "docs" / "targets.md"
+STORE = Path(__file__).parents[1] / "build" / "targets-page.json"
+TYPES = {"uint8": QuantType.QUInt8, "int8": QuantType.QInt8, "uint16": QuantType.QUInt16, "int16": QuantType.QInt16}
+INT8_ERROR = 0.05  # of the largest output, against ONNX Runtime on the same int8 file: kernels round differently
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one target did with one model."""
+
+    word: str
+    note: str = ""
+
+
+class Reader(CalibrationDataReader):
+    """Calibration data of a group."""
+
+    def __init__(self, group: str) -> None:
+        values = samples(group, 16, seed=1)["x"]
+        self._left = iter([{"x": value[None]} for value in values])
+
+    def get_next(self):
+        return next(self._left, None)
+
+
+def int8_of(group: str, artifact: Artifact, profile: HardwareProfile, out: Path) -> Artifact:
+    """The group's file as QDQ, by the profile's rules."""
+    rules = profile.quantization
+    extra = {"ActivationSymmetric": rules.symmetric_activation, "WeightSymmetric": True}
+    if not rules.quantize_bias:
+        extra["QuantizeBias"] = False
+    quantize_static(
+        artifact.path,
+        out,
+        Reader(group),
+        quant_format=QuantFormat.QDQ,
+        activation_type=TYPES[rules.activation],
+        weight_type=TYPES[rules.weight],
+        per_channel=rules.per_channel,
+        extra_options=extra,
+    )
+    return as_artifact(out, onnx.load(str(out)), "int8")
+
+
+def attempt(backend: TargetBackend, profile: HardwareProfile, group: str, artifact: Artifact, out: Path) -> Cell:
+    """Compile, run, compare."""
+    try:
+        if problems := backend.check(artifact, profile):
+            return Cell("refused", "; ".join(problems))
+        compiled = backend.compile(artifact, profile, out)
+        if compiled.placed == 0:
+            return Cell("not placed", "; ".join(item.what for item in compiled.over))
+        state = registry.probe(backend.name)
+        if isinstance(state, Missing) or state.runs is None:
+            return Cell("compiled")
+        inputs = samples(group, 3)
+        with backend.open(compiled, profile) as session:
+            found = session.run(inputs)
+    except CompressError as error:
+        return Cell("refused", str(error))
+    expected = onnxruntime.InferenceSession(str(artifact.path), providers=["CPUExecutionProvider"]).run(None, inputs)[0]
+    allowed = INT8_ERROR if artifact.precision == "int8" else backend.float_error * 10
+    error = float(np.abs(next(iter(found.values())) - expected).max() / np.abs(expected).max())
+    return Cell(str(state.runs)) if error <= allowed else Cell("differs", f"relative error {error:.2g}")
+
+
+def profile_for(target: str) -> HardwareProfile | None:
+    """The first built-in profile of a target; profiles of this machine first."""
+    found = [profile for name in profile_names() if (profile := load_profile(name)).target == target]
+    return min(found, key=lambda profile: profile.here != "this-machine") if found else None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Vendor libraries print a lot."""
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
+def examine(target: str) -> dict[str, object]:
+    """One target: its state and its cells."""
+    state, profile = registry.probe(target), profile_for(target)
+    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    if isinstance(state, Missing):
+        return {"missing": state.reason, "hint": state.hint, "date": today}
+    if profile is None:
+        return {"missing": "no built-in profile uses it", "hint": "", "date": today}
+    backend, cells = registry.get(target), {}
+    for group in GROUPS:
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            plain = write_group(group, Path(folder) / "float.onnx")
+            cells[f"{group}|float"] = vars(attempt(backend, profile, group, plain, Path(folder) / "a"))
+            try:
+                quantized = int8_of(group, plain, profile, Path(folder) / "int8.onnx")
+            except Exception as error:  # noqa: BLE001  the quantizer raises anything for graphs it does not take
+                cells[f"{group}|int8"] = vars(Cell("no QDQ form", str(error)))
+                continue
+            cells[f"{group}|int8"] = vars(attempt(backend, profile, group, quantized, Path(folder) / "b"))
+        print(target, group, cells[f"{group}|float"]["word"], cells[f"{group}|int8"]["word"], flush=True)
+    return {
+        "cells": cells,
+        "profile": profile.name,
+        "device": state.device,
+        "versions": dict(state.versions),
+        "date": today,
+    }
+
+
+def page(found: dict[str, dict[str, object]]) -> str:
+    """The whole page as Markdown."""
+    here = [name for name, item in found.items() if "cells" in item]
+    lines = [
+        "<!-- generated by tools/generate_targets.py; do not edit -->",
+        "# What each target really does",
+        "",
+        "Every group of operators below was compiled by every target that could be installed here, float and int8",
+        "(QDQ by the rules of its profile), run where it runs, and compared with ONNX Runtime on the same file.",
+        "`measured`, `simulated`: it ran and agreed; `compiled`: the compiler took it and it cannot run here;",
+        "`not placed`: none of it runs on the accelerator; `refused` and `differs` have a note.",
+        "",
+    ]
+    for precision in ("float", "int8"):
+        lines += [f"## {precision}", "", f"| | {' | '.join(here)} |", "|---" * (len(here) + 1) + "|"]
+        notes: list[str] = []
+        for group in GROUPS:
+            row = [_cell(found[name]["cells"][f"{group}|{precision}"], notes) for name in here]  # type: ignore[index]
+            lines.append(f"| {group} | {' | '.join(row)} |")
+        lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1)), ""]
+    lines += ["## Versions", "", "| target | profile | ran on | versions | date |", "|---|---|---|---|---|"]
+    for name, item in found.items():
+        if "cells" in item:
+            versions = ", ".join(f"{key} {value}" for key, value in item["versions"].items())  # type: ignore[attr-defined]
+            lines.append(f"| `{name}` | `{item['profile']}` | {item['device']} | {versions} | {item['date']} |")
+        else:
+            lines.append(f"| `{name}` | | not here: {item['missing']} | | {item['date']} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(cell: dict[str, str], notes: list[str]) -> str:
+    if not cell["note"]:
+        return cell["word"]
+    note = " ".join(cell["note"].split()).replace("|", "/")[:300]
+    if note not in notes:
+        notes.append(note)
+    return f"{cell['word']} [{notes.index(note) + 1}]"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=registry.names(), help="examine these again; keep the others")
+    options = parser.parse_args(arguments)
+    kept = json.loads(STORE.read_text()) if STORE.is_file() else {}
+    for name in options.only or registry.names():
+        kept[name] = examine(name)
+        STORE.parent.mkdir(parents=True, exist_ok=True)
+        STORE.write_text(json.dumps(kept, indent=1))
+    PAGE.write_text(page({name: kept[name] for name in registry.names() if name in kept}))
+
+
+if __name__ == "__main__":
+    main()
