@@ -91,9 +91,14 @@ def other_view(raw: RawData, rows: Rows, model: LoadedModel) -> dict[str, Split]
     Raises:
         PlanError: the samples do not fit the model.
     """
-    homes = sorted({home for home, _ in rows.values()})
-    stores = {home: _store(raw.parts[home], model) for home in homes}
-    keys = {home: raw.parts[home].digests() for home in homes}
+    parts = {home: raw.parts[home] for home in sorted({home for home, _ in rows.values()})}
+    if model.task in EMBEDDING:
+        rows = {
+            name: (home, pairs.text_rows(parts[home], index, model.task, name)) for name, (home, index) in rows.items()
+        }
+        parts = {home: pairs.single_texts(part) if pairs.is_paired(part) else part for home, part in parts.items()}
+    stores = {home: _store(part, model) for home, part in parts.items()}
+    keys = {home: part.digests() for home, part in parts.items()}
     splits = {name: _split(name, stores[home], index, None, keys[home], model) for name, (home, index) in rows.items()}
     _check_shapes(splits, model)
     return splits
@@ -233,7 +238,7 @@ def _task_split(name: str, store: Store, rows: Array, part: RawPart, model: Load
         return None
     texts = pairs.single_texts(part) if pairs.is_paired(part) else part
     if name == "transfer":
-        own = pairs.single_rows(rows) if texts is not part else rows
+        own = pairs.text_rows(part, rows, model.task, name)
         return TextSplit(name, None, texts.digests()[own], store, own)
     made = pairs.arranged(part, rows, model.task, name)
     return TextSplit(name, None, texts.digests()[made.rows], store, made.rows, made.judgements, made.groups)
@@ -278,7 +283,12 @@ def _check_shapes(splits: Mapping[str, Split], model: LoadedModel) -> None:
 
 def _fingerprint(split: Split, domains: Array | None = None) -> str:
     judged, groups = getattr(split, "judgements", None), getattr(split, "groups", None)
-    found = [split.labels, domains, judged, *([groups.members, groups.starts, groups.scores] if groups is not None else [])]
+    found = [
+        split.labels,
+        domains,
+        judged,
+        *([groups.members, groups.starts, groups.scores] if groups is not None else []),
+    ]
     return array_digest(split.digests, *(array for array in found if array is not None))
 
 

@@ -124,6 +124,13 @@ def arranged(part: RawPart, rows: Array, task: Task, name: str) -> Arranged:
     return Arranged(single_rows(rows), judged if task == "sentence-similarity" else None, groups)
 
 
+def text_rows(part: RawPart, rows: Array, task: Task, name: str) -> Array:
+    """Rows of :func:`single_texts` in the order of the split ``name``; the rows themselves where there are no pairs."""
+    if not is_paired(part):
+        return rows
+    return single_rows(rows) if name == "transfer" else arranged(part, rows, task, name).rows
+
+
 def _searched(part: RawPart, rows: Array, name: str) -> Arranged:
     asked = [part.samples[row][0].strip() for row in rows]
     nothing = np.array([text == "" for text in asked], dtype=bool)

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compressor.data import load_data
+from compressor.data import load_data, read_raw
 from compressor.data.blocks import blocks_of
+from compressor.data.load import other_view
 from compressor.data.multilabel import encode_multi_labels
 from compressor.data.words import first_pieces
 from compressor.errors import PlanError
@@ -142,6 +143,15 @@ def test_queries_bring_their_passages_right_and_wrong(tmp_path: Path, text_model
             assert len({round(float(scores[at]) % 1, 1) for at in wrong}) == 3
             assert split.judgements[right, 0] == split.judgements[query, 0]
             assert (split.judgements[wrong, 0] == -1).all()
+
+
+def test_another_encoder_sees_the_same_texts(tmp_path: Path, text_model: Make):
+    config, model = pairs(tmp_path / "r.csv", score=False), retasked(text_model(labels=()), "retrieval")
+    raw = read_raw(config)
+    data = load_data(config, model, seed=0, raw=raw)
+    for name, split in other_view(raw, data.rows, model).items():
+        assert split.digests.tolist() == data.splits[name].digests.tolist()
+        assert (split.batch(np.arange(4))["input_ids"] == data.splits[name].batch(np.arange(4))["input_ids"]).all()
 
 
 def test_a_wrong_score_names_its_column(tmp_path: Path, text_model: Make):
