@@ -1,13 +1,14 @@
 # make demo    a real model becomes a small one, in minutes          make bench   the claims, measured; writes docs/evidence
 # make test    the whole test suite                                  make check   format, lint, types, imports, tests
 # make fix     format and mend what can be mended                    make docs    the generated reference pages
+# make toolchains   vendor compilers and simulators, each in an environment of its own: their tests run instead of being skipped
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS := train,tensorrt-rtx,openvino,litert,dev
 
-.PHONY: demo test check fix docs bench lint clean
+.PHONY: demo test check fix docs bench lint toolchains clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +37,12 @@ fix: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m tools.generate_docs
+
+# what cannot be installed (no network, no npm) is said, and its tests are skipped with the reason
+toolchains: $(STAMP)
+	for name in ethos-u tflite-micro web qnn; do \
+		$(BIN)/compress-for-device toolchain install $$name >/dev/null || echo "tool chain $$name is not here: its tests are skipped"; \
+	done
 
 bench: $(STAMP)
 	$(BIN)/python -m tools.bench
