@@ -106,6 +106,15 @@ def text_structure(work: Path) -> None:
     (EVIDENCE / "text-structure.md").write_text(text)
 
 
+def sparsity(work: Path) -> None:
+    """Nine of ten weights zero: speed, bytes, and SquareHead against labels alone on paired seeds."""
+    from tools.sparsity import page
+
+    words = ["recipes/sparse-digits.toml", "--model", "examples.digits.model:teacher", "--data", "examples.digits:load"]
+    folder = run_recipe("sparsity", work, *words, "--seeds", "5")
+    (EVIDENCE / "sparsity.md").write_text(page(folder, json.loads((folder / "report.json").read_text())))
+
+
 def mobilenet_v2(work: Path) -> None:
     """MobileNetV2 with ImageNet weights on natural pictures."""
     words = ["recipes/mobilenet-v2.toml", "--model", "examples.mobilenet_v2.model:teacher"]
@@ -293,6 +302,7 @@ SECTIONS: dict[str, Callable[[Path], None]] = {
     "text-3-layers": text_3_layers,
     "methods": methods,
     "text-structure": text_structure,
+    "sparsity": sparsity,
     "repeatability": repeatability,
     "profiles-cost": profiles_cost,
     "quantizers": quantizers,
