@@ -67,10 +67,16 @@ def _problems(structure: Structure, config: PruneStage) -> list[Problem]:
     from compressor.prune.choose import problems_of
 
     problems = problems_of(structure.groups, list(structure.operators), config)
+    if config.experts:
+        problems.append(Problem("experts", "cannot be dropped from an ONNX file: its router is not known there"))
     if config.layers:
         problems.append(Problem("layers", "whole layers cannot be dropped from an ONNX file; cut channels and neurons"))
+    if config.target_speedup is not None:
+        problems.append(
+            Problem("scope", f"`{config.scope}` is not for ONNX files; give `ratio`, `channels` or `neurons`")
+        )
     if config.importance not in FORWARD_ONLY:
-        what = f"`{config.importance}` needs gradients, which an ONNX file has not; one of {', '.join(FORWARD_ONLY)}"
+        what = f"`{config.importance}` is not for ONNX files; one of {', '.join(FORWARD_ONLY)}"
         problems.append(Problem("importance", what))
     return problems
 
@@ -125,6 +131,9 @@ def _repair_facts(mended: Repaired) -> list[LayerFact]:
     ]
     if mended.norms:
         facts.append(LayerFact("prune", "batch norm", "mended", "", f"{len(mended.norms)} layers", mended.way))
+    if mended.fitted:
+        why = "least squares towards the original's outputs on calibration data"
+        facts.append(LayerFact("prune", "weights", "fitted", "", f"{len(mended.fitted)} layers", why))
     return facts
 
 

@@ -11,6 +11,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from compressor.models.onnx_graph import constants, opset_of
 from compressor.models.structure.groups import Cut, Floats, Index, Key, owner, removed_positions
 from compressor.prune.onnx.graph import Structure
+from compressor.prune.onnx.refit import WAY, refit
 from compressor.prune.onnx.runtime import Watcher, batches_of, fixed_samples
 from compressor.types import Array
 
@@ -29,6 +30,7 @@ class Repaired:
     biased: tuple[str, ...]  # nodes whose bias took over the removed units' mean contribution
     norms: tuple[str, ...]
     distances: Mapping[str, float]
+    fitted: tuple[str, ...] = ()  # nodes whose weights were fitted again
 
 
 def repair(
@@ -41,7 +43,8 @@ def repair(
     """Mend ``masked`` in the way whose outputs on ``batches`` are nearest to the original's.
 
     The ways: nothing; the removed units' mean contribution moved into the reading nodes' biases; that, and batch-norm
-    statistics moved by what the cut changed in them, or taken from the data anew.
+    statistics moved by what the cut changed in them, or taken from the data anew; or, with enough samples, the weights
+    fitted again layer by layer. Where there are batches enough, the last quarter of them only judges.
     """
     original = structure.trace.model
     if not cuts or not batches:
@@ -53,10 +56,17 @@ def repair(
     if norms and samples >= ENOUGH_SAMPLES and fixed_samples(original) is None:
         ranks = {node.name: len(structure.trace.shapes[node.input[0]]) for node in norms}
         ways |= _mended_norms(original, compensated, norms, batches, ranks)
-    distances = distances_of(original, ways, batches)
+    fit, judge = (
+        (batches[: -(len(batches) // 4)], batches[-(len(batches) // 4) :]) if len(batches) >= 4 else (batches,) * 2
+    )
+    fitted: list[str] = []
+    if samples >= ENOUGH_SAMPLES:
+        ways[WAY], fitted = refit(structure, compensated, cuts, fit)
+    distances = distances_of(original, ways, judge)
     best = min(distances, key=lambda way: distances[way])
     changed = tuple(node.name for node in norms) if "statistics" in best else ()
-    return Repaired(ways[best], best, tuple(biased) if best != "nothing" else (), changed, distances)
+    kept = tuple(fitted) if best == WAY else ()
+    return Repaired(ways[best], best, tuple(biased) if best != "nothing" else (), changed, distances, kept)
 
 
 def _mended_norms(

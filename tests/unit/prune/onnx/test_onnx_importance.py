@@ -86,7 +86,7 @@ def test_written_out_norms_see_the_data() -> None:
 
 def test_the_nearest_way_wins() -> None:
     done = prune(chain(), random_example(chain()), ACTIVATION, batches(2))
-    assert len(done.distances) == 4
+    assert len(done.distances) == 5
     assert done.distances[done.way] == min(done.distances.values())
     assert done.distances[done.way] < done.distances["nothing"]
 
