@@ -17,8 +17,8 @@ def page(folder: Path, report: Mapping[str, Any]) -> str:
     lines = [
         "# Zeros: what they cost and what they bring\n",
         "`python -m tools.bench sparsity`: the digits teacher with 90 % of the weights of its layers zero (magnitude,",
-        "one shot), then six epochs of `kd` and `squarehead` with the masks kept; the twin has the same masks and learns",
-        "from labels alone.\n",
+        "one shot), then six epochs of `kd` and `squarehead` with the masks kept; the twin has the same masks and",
+        "learns from labels alone.\n",
         "| file | zeros among its weights | p50, ONNX Runtime, 1 thread | speed-up (95 %) | file | deflated | test |",
         "|---|---|---|---|---|---|---|",
     ]
