@@ -91,7 +91,9 @@ def read_static(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
         onnx.save(with_shapes(onnx.load(str(path)), shapes), str(fixed))
         model = _folded(fixed, Path(scratch) / "folded.onnx")
         graph = _graph(model, _observe(model))
-    return _gathers_after_dequantize(_without_dynamic(graph))
+    from targets.gelu import with_gelu
+
+    return with_gelu(_gathers_after_dequantize(_without_dynamic(graph)))
 
 
 def with_shapes(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:

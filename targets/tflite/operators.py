@@ -11,6 +11,7 @@ from compressor.errors import CompileError
 from targets.static_graph import Node
 from targets.tflite.builder import Quantization, Tensor
 from targets.tflite.convert import LAST, Converter
+from targets.tflite.grow import batch_norm, conv_transpose, resize
 from targets.tflite.products import conv, gemm, matmul
 from targets.tflite.windows import padded, window_of
 
@@ -382,10 +383,12 @@ OPERATORS: Mapping[str, Emit] = {
     "Add": _binary("ADD", "AddOptionsT", int8=True),
     "And": logical_and,
     "AveragePool": pool,
+    "BatchNormalization": batch_norm,
     "Cast": cast,
     "Clip": relu,
     "Concat": concat,
     "Conv": conv,
+    "ConvTranspose": conv_transpose,
     "Div": _binary("DIV", "DivOptionsT"),
     "Dropout": identity,
     "Elu": _unary("ELU"),
@@ -415,6 +418,7 @@ OPERATORS: Mapping[str, Emit] = {
     "ReduceSum": _reduction("SUM"),
     "Relu": relu,
     "Reshape": reshape,
+    "Resize": resize,
     "Sigmoid": _fixed_output("LOGISTIC"),
     "Slice": slice_,
     "Softmax": _fixed_output("SOFTMAX", "SoftmaxOptionsT"),

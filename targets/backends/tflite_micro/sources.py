@@ -47,6 +47,8 @@ RESOLVER = {
     "RELU": "AddRelu",
     "RELU6": "AddRelu6",
     "RESHAPE": "AddReshape",
+    "RESIZE_BILINEAR": "AddResizeBilinear",
+    "RESIZE_NEAREST_NEIGHBOR": "AddResizeNearestNeighbor",
     "RSQRT": "AddRsqrt",
     "SELECT_V2": "AddSelectV2",
     "SOFTMAX": "AddSoftmax",
@@ -56,6 +58,7 @@ RESOLVER = {
     "SUM": "AddSum",
     "TANH": "AddTanh",
     "TRANSPOSE": "AddTranspose",
+    "TRANSPOSE_CONV": "AddTransposeConv",
 }
 _C_TYPES = {"int8": "int8_t", "int32": "int32_t", "int64": "int64_t", "float32": "float", "bool": "bool"}
 
