@@ -14,15 +14,15 @@ from compressor.errors import CompileError, CompressError, DeviceLost, TargetUna
 from compressor.evaluate import (
     EvalSet,
     agreement,
+    class_loyalty,
     further,
     is_distribution,
-    loyalty,
-    regression_loyalty,
     score,
     unit_of,
+    value_loyalty,
 )
 from compressor.profile import HardwareProfile
-from compressor.types import EMBEDDING, Array, Artifact, Figure, Measurement, Origin, Unavailable
+from compressor.types import Array, Artifact, Figure, Measurement, Origin, Unavailable
 from targets.base import Missing, Ready, TargetBackend
 from targets.clock import Clock
 from targets.gate import decide
@@ -247,10 +247,9 @@ def _test_row(run: Deployment, row: Row, test: EvalSet, found: dict[str, Array],
     reference = found.get(reference_of(run).artifact.name)
     figure = figure_of(run, outputs, test, reference)
     teacher = reference if reference_of(run).artifact.role == "teacher" and row.artifact.role != "teacher" else None
-    loyal = None
-    if run.data.task in CLASSIFICATION and teacher is not None and teacher.ndim == outputs.ndim == 2:
-        loyal = Loyalty(*loyalty(teacher, outputs)) if teacher.shape == outputs.shape and teacher.shape[1] > 1 else None
-    near = regression_loyalty(teacher, outputs) if run.data.task in EMBEDDING and teacher is not None else None
+    shares = class_loyalty(run.data.task, teacher, outputs, test.labels) if teacher is not None else None
+    loyal = Loyalty(*shares) if shares is not None else None
+    near = value_loyalty(run.data.task, teacher, outputs) if teacher is not None else None
     plain = next((trial.artifact for trial in run.trials if _is_plain(trial.artifact, row)), None)
     equal = None
     if plain is not None and plain.name in found and _has_classes(run, found[plain.name]):

@@ -60,7 +60,7 @@ class Row:
     file_bytes: Figure
     peak_memory: Figure  # MiB, of a process that loads and runs only this model
     loyalty: Loyalty | None = None  # to the teacher, on the test set
-    regression_loyalty: float | None = None  # of embeddings: nearness of pairwise similarities to the teacher's, 0..1
+    regression_loyalty: float | None = None  # nearness to the teacher's similarities, or its likelihoods of texts, 0..1
     agreement: float | None = None  # argmax equal to the same role's fp32 file, on the test set
     compiled: Compiled | None = None
     coverage: Coverage | None = None

@@ -6,6 +6,7 @@ A *run* takes model inputs by name and returns outputs by name. :func:`predict` 
 
 from compressor.evaluate.agreement import agreement, closeness, is_distribution, loyalty
 from compressor.evaluate.embeddings import pair_correlation, ranking_gain, regression_loyalty, similarity_correlation
+from compressor.evaluate.loyal import class_loyalty, scalar_loyalty, value_loyalty
 from compressor.evaluate.metrics import PERPLEXITY, further, metric_name, quality, score, unit_of
 from compressor.evaluate.predict import Run, batch_size, predict
 from compressor.evaluate.sets import (
@@ -28,6 +29,7 @@ __all__ = [
     "SplitEvalSet",
     "agreement",
     "batch_size",
+    "class_loyalty",
     "closeness",
     "content_digest",
     "fill_batch",
@@ -42,7 +44,9 @@ __all__ = [
     "quality",
     "ranking_gain",
     "regression_loyalty",
+    "scalar_loyalty",
     "score",
     "similarity_correlation",
     "unit_of",
+    "value_loyalty",
 ]
