@@ -163,7 +163,7 @@ def checkpoint_task(settings: Mapping[str, Any], folder: Path) -> Task | None:
 
 
 def _layers(settings: Mapping[str, Any]) -> int | None:
-    for key in ("num_hidden_layers", "n_layers", "n_layer"):
+    for key in ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers"):
         if isinstance(settings.get(key), int):
             return int(settings[key])
     depths = settings.get("depths")

@@ -25,7 +25,7 @@ from compressor.language import Rollouts  # noqa: E402
 from compressor.models.signals import SignalTap, available  # noqa: E402
 from compressor.models.structure.blocks import find_block_lists  # noqa: E402
 from compressor.models.types import LoadedModel  # noqa: E402
-from compressor.recipe import DataConfig, DistilStage, Match, Recipe, StudentStage  # noqa: E402
+from compressor.recipe import DataConfig, DistilStage, Match, Recipe, StudentStage, TeacherConfig  # noqa: E402
 from tests.unit.distil import text2text as toy  # noqa: E402
 
 pytestmark = pytest.mark.train
@@ -72,6 +72,17 @@ def test_targets_are_cut_with_their_end_and_told(teacher):
     assert found.splits["train"].labels.shape[1] == 3
     assert (found.splits["train"].labels == 1).any(axis=1).all()
     assert any("targets of train are longer than 3 tokens" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plan_knows_the_task_without_torch_and_the_one_line_form_halves_both_sides(models, kind):
+    from compressor.cli.session import default_stages
+    from compressor.models.inspection import inspect_model
+
+    facts = inspect_model(TeacherConfig(model=models[kind].provenance.source))
+    assert (facts.task, facts.layers, facts.labels) == ("text2text-generation", 2, ())
+    stages = default_stages(Recipe(), models[kind]).stage
+    assert (stages[0].keep_layers, stages[0].decoder_layers) == (1, 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -255,7 +266,6 @@ def test_what_does_not_fit_is_refused_with_its_key(teacher):
     from compressor.data.raw import RawData, RawPart
     from compressor.models import load_model
     from compressor.plan import task_problems
-    from compressor.recipe import TeacherConfig
 
     no_targets = RawData({"train": RawPart("texts", toy.raw().parts["train"].samples)}, (), "x")
     with pytest.raises(PlanError, match="has no targets"):
