@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from compressor.cli.devices import check_devices
 from compressor.cli.output import stdout_json, table
-from compressor.cli.session import check_devices
 from compressor.errors import CompressError, TargetUnavailable
 from compressor.profile import HardwareProfile, load_profile
 from compressor.recipe import PruneStage, Recipe

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from compressor.cli.devices import check_devices
 from compressor.cli.seeds import seed_problems
 from compressor.cli.teachers import bank_lines, offered, open_panel, reading_problems
 from compressor.config import validate
@@ -251,22 +252,6 @@ def _load_profiles(recipe: Recipe) -> tuple[HardwareProfile, ...]:
     if problems:
         raise ConfigError("the list of profiles", problems, hint="`compress-for-device profiles list` shows all.")
     return tuple(profiles)
-
-
-def check_devices(words: Sequence[str], profiles: Sequence[HardwareProfile]) -> None:
-    """Addresses that can be read, of profiles that are asked for and whose target runs over a network."""
-    if not words:
-        return
-    from targets.registry import get
-    from targets.remote import attach, parse_devices
-
-    devices, names = parse_devices(words), [profile.name for profile in profiles]
-    for name in devices:
-        if name not in names:
-            what = f"is not one of the profiles of this run ({', '.join(names)})"
-            raise ConfigError.single("--device", name, what, hint="Give its profile by --profile too.")
-    for profile in profiles:
-        attach(get(profile.target), profile, devices)
 
 
 def _objective_names() -> Sequence[str]:

@@ -79,6 +79,11 @@ def convert(graph: Graph, describe: str = "the model", *, int8_interface: bool =
     return Converted(content, operations, coverage(operations))
 
 
+def refuse(node: Node, why: str) -> CompileError:
+    """What a node without a TFLite form raises."""
+    return CompileError(f"node `{node.name}`: {why}", hint="Export the model without it, or use another target.")
+
+
 def coverage(operations: Sequence[Operation]) -> Coverage:
     """Of the convolutions and products, how many run int8 (hybrid ones count: their kernel multiplies int8)."""
     products = [operation for operation in operations if operation.operator in PRODUCTS]

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from compressor.errors import CompileError
 from targets.static_graph import Node
-from targets.tflite.convert import Converter
-
-_OTHER = "Export the model without it, or use another target."
-
-
-def _refuse(node: Node, why: str) -> CompileError:
-    return CompileError(f"node `{node.name}`: {why}", hint=_OTHER)
+from targets.tflite.convert import Converter, refuse
 
 
 def batch_norm(state: Converter, node: Node) -> None:
     """(x - mean) / sqrt(variance + epsilon) * scale + bias, as a product and a sum with stored vectors."""
     arrays = [state.array(name) for name in node.inputs[1:5]]
     if any(array is None for array in arrays):
-        raise _refuse(node, "batch norm with computed statistics has no TFLite form here")
+        raise refuse(node, "batch norm with computed statistics has no TFLite form here")
     scale, bias, mean, variance = (np.asarray(array, np.float32) for array in arrays)
     factor = scale / np.sqrt(variance + np.float32(node.attributes.get("epsilon", 1e-5)))
     last = state.rank(node.input(0)) == 4
     if not last and state.rank(node.input(0)) != 2:
-        raise _refuse(node, "batch norm over this rank has no TFLite form here")
+        raise refuse(node, "batch norm over this rank has no TFLite form here")
     source = state.get(node.input(0), last)
     scaled = state.temporary(f"{node.name}/scaled", source.shape)
     product = [source, state.constant(factor.astype(np.float32), "factor")]
@@ -41,9 +34,9 @@ def conv_transpose(state: Converter, node: Node) -> None:
     pads = [int(value) for value in attributes.get("pads", (0, 0, 0, 0))]
     extra = any(attributes.get("output_padding", ())) or any(value != 1 for value in attributes.get("dilations", ()))
     if weight is None or weight.ndim != 4 or int(attributes.get("group", 1)) != 1 or extra:
-        raise _refuse(node, "this ConvTranspose (groups, dilations or output padding) has no TFLite form here")
+        raise refuse(node, "this ConvTranspose (groups, dilations or output padding) has no TFLite form here")
     if any(pads) or attributes.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-        raise _refuse(node, "ConvTranspose with padding has no TFLite form here")
+        raise refuse(node, "ConvTranspose with padding has no TFLite form here")
     source = state.get(node.input(0), last=True)
     result = state.result(node.outputs[0], last=True)
     options = state.schema.TransposeConvOptionsT()
@@ -63,9 +56,9 @@ def resize(state: Converter, node: Node) -> None:
     mode = node.attributes.get("mode", "nearest")
     where = node.attributes.get("coordinate_transformation_mode", "half_pixel")
     if len(shape) != 4 or shape[:2] != target[:2] or mode not in ("nearest", "linear"):
-        raise _refuse(node, f"Resize ({mode}) of these dimensions has no TFLite form here")
+        raise refuse(node, f"Resize ({mode}) of these dimensions has no TFLite form here")
     if where not in ("asymmetric", "half_pixel", "pytorch_half_pixel", "align_corners"):
-        raise _refuse(node, f"Resize with coordinates `{where}` has no TFLite form here")
+        raise refuse(node, f"Resize with coordinates `{where}` has no TFLite form here")
     _check_nearest(node, mode, where, shape, target)
     quantized = state.is_quantized(node.input(0)) and mode == "nearest"
     source = state.get(node.input(0), last=True, quantized=quantized)
@@ -83,11 +76,11 @@ def _check_nearest(node: Node, mode: str, where: str, shape: tuple[int, ...], ta
     whole = all(large % small == 0 for large, small in zip(target[2:], shape[2:], strict=True))
     rounding = node.attributes.get("nearest_mode", "round_prefer_floor")
     if mode == "nearest" and not whole and not (where == "asymmetric" and rounding == "floor"):
-        raise _refuse(node, f"Resize to a nearest place ({rounding}) by a fraction has no TFLite form here")
+        raise refuse(node, f"Resize to a nearest place ({rounding}) by a fraction has no TFLite form here")
     if (
         mode == "nearest"
         and where == "asymmetric"
         and rounding != "floor"
         and any(large // small > 2 for large, small in zip(target[2:], shape[2:], strict=True))
     ):
-        raise _refuse(node, f"Resize with asymmetric coordinates and {rounding} has no TFLite form here")
+        raise refuse(node, f"Resize with asymmetric coordinates and {rounding} has no TFLite form here")
