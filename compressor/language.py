@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compressor.config import Frozen
 from compressor.schedule import Schedule, Weight01
@@ -43,8 +43,17 @@ class Sequences(Frozen):
     prompt_tokens: Tokens = 16  # taken from the data; they carry no labels
     max_new_tokens: Tokens = 128
     beams: Annotated[int, Field(ge=1)] = 1  # more than one: the best of a beam search
+    choose: Literal["likeliest", "nearest"] = (
+        "likeliest"  # of the beams; nearest: highest BLEU with the data's own text
+    )
     temperature: Annotated[float, Field(ge=0)] = 0.0  # 0: greedy
     samples: Tokens | None = None  # prompts; all training blocks when left out
+
+    @model_validator(mode="after")
+    def _has_a_choice(self) -> Self:
+        if self.choose == "nearest" and self.beams < 2:
+            raise ValueError('`choose = "nearest"` needs several `beams`')
+        return self
 
 
 class LoRA(Frozen):

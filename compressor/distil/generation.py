@@ -103,11 +103,13 @@ def write_targets(
     top_k: int = 0,
     seed: int = 0,
     beams: int = 1,
+    several: bool = False,
 ) -> Generated:
-    """Targets of an encoder-decoder model for ``input_ids`` and ``attention_mask`` (B, S), drawn as :func:`generate` does.
+    """Targets of an encoder-decoder model for ``input_ids`` and ``attention_mask`` (B, S), as :func:`generate` draws.
 
     ``ids`` (B, 1 + n) begin with the decoder's start token and end with the end token (then padding, masked out), where
-    ``new_tokens`` allow it. More than one of ``beams``: the likeliest of transformers' own beam search.
+    ``new_tokens`` allow it. More than one of ``beams``: the likeliest of transformers' own beam search, or with
+    ``several`` all of them, (B * beams, 1 + n), the likeliest of each first.
     """
     model: Any = language_model(module)
     training = [part for part in module.modules() if part.training]
@@ -119,6 +121,7 @@ def write_targets(
             if beams > 1:
                 ids = model.generate(
                     **sources, max_new_tokens=new_tokens, num_beams=beams, do_sample=False, use_cache=True,
+                    num_return_sequences=beams if several else 1,
                 )  # fmt: skip
                 ended = (ids[:, 1:] == model.config.eos_token_id).long()
                 real = torch.cat([torch.ones_like(ids[:, :1]), (ended.cumsum(1) - ended == 0).long()], dim=1)
@@ -170,14 +173,17 @@ def _picker(temperature: float, top_k: int) -> Callable[[Tensor, Tensor], Tensor
     return draw
 
 
-def beam_search(module: nn.Module, prompts: Tensor, new_tokens: int, beams: int, end: int | None) -> Generated:
-    """The likeliest of ``beams`` hypotheses, by transformers' own beam search."""
+def beam_search(
+    module: nn.Module, prompts: Tensor, new_tokens: int, beams: int, end: int | None, *, several: bool = False
+) -> Generated:
+    """The likeliest of ``beams`` hypotheses by transformers' own beam search; ``several``: all, likeliest first."""
     model: Any = language_model(module)
     mask = torch.ones_like(prompts)
     with torch.no_grad():
         ids = model.generate(
             prompts, attention_mask=mask, max_new_tokens=new_tokens, num_beams=beams, do_sample=False, use_cache=True,
             eos_token_id=end, pad_token_id=end if end is not None else 0,
+            num_return_sequences=beams if several else 1,
         )  # fmt: skip
     made = torch.ones_like(ids)
     if end is not None:

@@ -38,7 +38,7 @@ def with_sequences(run: Run, config: Sequences) -> DataBundle:
         "config": config.model_dump(mode="json"),
         "data": run.data.digests["train"],
         "seed": run.recipe.seed,
-        "code": code_digest("distil/generation", "stages/sequences"),
+        "code": code_digest("distil/generation", "distil/nearest", "stages/sequences"),
     }
     write = _write_targets if run.model.task in TEXT2TEXT else _write
     result = run.ledger.stage("seq-kd", key, lambda folder: write(run, config, folder))
@@ -56,10 +56,12 @@ def with_sequences(run: Run, config: Sequences) -> DataBundle:
 
 
 def _write(run: Run, config: Sequences, folder: Path) -> StageOutput:
-    prompts = _prompts(run, config)
+    texts = _texts(run, config)
+    prompts = np.stack([row[: config.prompt_tokens] for row in texts])
+    golds = [row[config.prompt_tokens : config.prompt_tokens + config.max_new_tokens].tolist() for row in texts]
     ids, lengths = [], []
     for start in range(0, len(prompts), BATCH):
-        made, mask = _continue(run, config, prompts[start : start + BATCH], start)
+        made, mask = _continue(run, config, prompts[start : start + BATCH], golds[start : start + BATCH], start)
         ids += list(made)
         lengths += mask.sum(axis=1).tolist()
     width = max(len(row) for row in ids)
@@ -75,7 +77,7 @@ def _write(run: Run, config: Sequences, folder: Path) -> StageOutput:
 
 
 def _write_targets(run: Run, config: Sequences, folder: Path) -> StageOutput:
-    from compressor.distil.generation import write_targets
+    from compressor.distil.generation import Generated, write_targets
 
     train: Any = run.data.splits["train"]
     count = min(config.samples or len(train), len(train))
@@ -84,9 +86,14 @@ def _write_targets(run: Run, config: Sequences, folder: Path) -> StageOutput:
     for start in range(0, count, BATCH):
         sources = run.tensors(train.source.batch(np.arange(start, min(start + BATCH, count))))
         seed = run.recipe.seed * 1_000_003 + start
+        several = config.choose == "nearest"
         made = write_targets(
-            run.teacher, sources, length, temperature=config.temperature, seed=seed, beams=config.beams
+            run.teacher, sources, length, temperature=config.temperature, seed=seed, beams=config.beams, several=several
         )
+        if several:
+            golds = [row[row != IGNORED].tolist() for row in train.labels[start : start + len(sources["input_ids"])]]
+            kept = _nearest(made.ids[:, 1:], made.mask[:, 1:], golds, config.beams)
+            made = Generated(made.ids[kept], made.mask[kept])
         real = made.mask[:, 1:].numpy() != 0
         rows += [ids[keep] for ids, keep in zip(made.ids[:, 1:].numpy(), real, strict=True)]
     labels = table_of(rows)
@@ -102,30 +109,46 @@ def _with_targets(train: Any, labels: np.ndarray[Any, Any]) -> TargetSplit:
     return TargetSplit("train", labels, pair_digests(own.digests, texts), own, replace(train.targets, references=texts))
 
 
-def _prompts(run: Run, config: Sequences) -> np.ndarray[Any, Any]:
+def _nearest(ids: Any, mask: Any, golds: list[list[int]], beams: int) -> list[int]:
+    """Of each sample's hypotheses (B * beams, n) the row that is nearest to what the data says."""
+    from compressor.distil.nearest import nearest
+
+    rows = [row[keep != 0].tolist() for row, keep in zip(ids, mask, strict=True)]
+    return [at * beams + nearest(rows[at * beams : (at + 1) * beams], gold) for at, gold in enumerate(golds)]
+
+
+def _texts(run: Run, config: Sequences) -> list[np.ndarray[Any, Any]]:
+    """The real tokens of the training blocks that are long enough for a prompt.
+
+    Raises:
+        StageError: none is.
+    """
     train = run.data.splits["train"]
     index = np.arange(min(config.samples or len(train), len(train)))
     batches = [train.batch(index[start : start + 256]) for start in range(0, len(index), 256)]
-    long = [
-        row[: config.prompt_tokens]
-        for batch in batches
-        for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-        if mask.sum() >= config.prompt_tokens
-    ]
+    rows = (zip(batch["input_ids"], batch["attention_mask"], strict=True) for batch in batches)
+    long = [row[mask != 0] for part in rows for row, mask in part if mask.sum() >= config.prompt_tokens]
     if not long:
         raise StageError(
             "no training block is as long as `prompt_tokens`", hint="Make `sequences.prompt_tokens` smaller."
         )
-    return np.stack(long)
+    return long
 
 
-def _continue(run: Run, config: Sequences, prompts: np.ndarray[Any, Any], start: int) -> tuple[Any, Any]:
+def _continue(
+    run: Run, config: Sequences, prompts: np.ndarray[Any, Any], golds: list[list[int]], start: int
+) -> tuple[Any, Any]:
+    """Prompts with what the teacher writes, and the mask; ``golds``: what the data says there."""
     import torch
 
     from compressor.distil.generation import beam_search, end_token, generate
 
     tokens = torch.from_numpy(prompts.astype(np.int64))
     end = end_token(run.teacher)
+    if config.choose == "nearest":
+        made = beam_search(run.teacher, tokens, config.max_new_tokens, config.beams, end, several=True)
+        kept = _nearest(made.ids[:, prompts.shape[1] :], made.mask[:, prompts.shape[1] :], golds, config.beams)
+        return made.ids[kept].numpy(), made.mask[kept].numpy()
     if config.beams > 1:
         made = beam_search(run.teacher, tokens, config.max_new_tokens, config.beams, end)
     else:
