@@ -203,10 +203,10 @@ def _budgeted(
     work: nn.Module, example: Batch, config: PruneStage, chosen: Sequence[Any], scores: Any, how: _How
 ) -> dict[str, float]:
     """Units per group under the budget of the scopes ``latency`` and ``sensitivity``."""
-    from compressor.prune.latency import CostTable, relative_importance, widths
+    from compressor.prune.latency import CostTable, Loss, relative_importance, widths
     from compressor.prune.sensitivity import loss_of
 
-    loss = relative_importance
+    loss: Loss = relative_importance
     if config.scope == "sensitivity":
         if how.curves is None:
             raise StageError("the scope `sensitivity` needs curves measured on validation, and there are none")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from compressor.models.structure.groups import Cut, Group, Scores
-from compressor.prune.choose import protected_by, ratio_for
+from compressor.models.structure.groups import Cut, Group, Scores, protected_by
+from compressor.prune.choose import ratio_for
 from compressor.recipe import PruneStage
 from compressor.types import LayerFact
 

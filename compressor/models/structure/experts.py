@@ -144,7 +144,7 @@ def expert_steps(module: nn.Module, mixture: Mixture, keep: Sequence[int]) -> li
     return steps
 
 
-class Without(TorchFunctionMode):
+class Without(TorchFunctionMode):  # type: ignore[misc]
     """The module as it is, with routers whose scores for some experts are minus infinity: the masked twin."""
 
     def __init__(self, module: nn.Module, gone: Mapping[str, Sequence[int]]) -> None:

@@ -42,7 +42,7 @@ ACTIVATIONS = {
 PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm}
 
 
-class Rules(TorchFunctionMode):
+class Rules(TorchFunctionMode):  # type: ignore[misc]
     """Operations as they are, with the gradients that carry relevance."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -163,9 +163,9 @@ def _equations(node: NodeProto, data: Array, wanted: Array, layer: _Layer) -> tu
         take = _draw(len(x), ROWS * len(data) // SAMPLES)
         return x[take][:, layer.inputs].astype(np.float64), y[take][:, layer.outputs].astype(np.float64)
     places = wanted.shape[2:]
-    take = np.unravel_index(_draw(int(np.prod(places)), max(1, ROWS // SAMPLES)), places)
-    x = _patches(node, data, take, layer)
-    y = np.moveaxis(wanted[(slice(None), slice(None), *take)], 1, 2)
+    drawn = np.unravel_index(_draw(int(np.prod(places)), max(1, ROWS // SAMPLES)), places)
+    x = _patches(node, data, drawn, layer)
+    y = np.moveaxis(wanted[(slice(None), slice(None), *drawn)], 1, 2)
     return x.astype(np.float64), y.reshape(-1, y.shape[-1])[:, layer.outputs].astype(np.float64)
 
 
