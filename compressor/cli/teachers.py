@@ -80,7 +80,9 @@ def _built(
     from compressor.models.signals import available
 
     assert model.module is not None
-    return build(stage, available(model.module), taught, fields=offered_fields(stage, panel) | {"groups", "scores"})  # checked before
+    return build(
+        stage, available(model.module), taught, fields=offered_fields(stage, panel) | {"groups", "scores"}
+    )  # checked before
 
 
 def bank_lines(

@@ -237,8 +237,8 @@ class AdaptiveMargin(SignalObjective):
     """No teacher: how alike the positive and the negative are says what the margin between them should be.
 
     Formula: mean of ((cos(q, d+) - cos(q, d-)) - t)^2. The target is written t = cos(d+, d-) / 2 + 1/2 in the published
-    code, so alike documents ask for the larger margin; gradients flow through it unless `stop_target`. With `distributed` every margin of the batch is also compared
-    with the target of every pair (d+, d-) in it.
+    code, so alike documents ask for the larger margin; gradients flow through it unless `stop_target`. With
+    `distributed` every margin of the batch is also compared with the target of every pair (d+, d-) in it.
 
     Shapes: the student's embeddings (B, d); each group is query, positive, negatives.
     Paper: Gienapp et al., "Learning Effective Representations for Retrieval Using Self-Distillation with Adaptive
