@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,19 @@ def importance_memory(_work: Path) -> None:
     (EVIDENCE / "importance-memory.md").write_text(page)
 
 
+def pruning(work: Path) -> None:
+    """Ten times fewer operations; relevance without training; Torch-Pruning beside it; ONNX files. Prints the tables."""
+    words = ["recipes/fashion-mnist-structure.toml", "--model", "examples.fashion_mnist.model:teacher"]
+    run_recipe("fashion-mnist-structure", work, *words)
+    parts = ["relevance"] + (["rival"] if find_spec("torch_pruning") else [])
+    if len(parts) == 1:
+        print("torch_pruning is not importable: the comparison is left out", file=sys.stderr)
+    for part in parts:
+        print(command([sys.executable, "-m", "tools.bench_pruning", part, "--work", str(work)]))
+    command([sys.executable, "-m", "tools.public_models", str(work / "public")])
+    print(command([sys.executable, "-m", "tools.bench_onnx_pruning", str(work / "public")]))
+
+
 SECTIONS: dict[str, Callable[[Path], None]] = {
     "fashion-mnist": fashion_mnist,
     "movie-reviews": movie_reviews,
@@ -309,6 +323,7 @@ SECTIONS: dict[str, Callable[[Path], None]] = {
     "causal-lm": causal_lm,
     "grapheme-to-phoneme": grapheme_to_phoneme,
     "importance-memory": importance_memory,
+    "pruning": pruning,
 }
 
 
@@ -317,7 +332,7 @@ def main() -> None:
     parser.add_argument("sections", nargs="*", choices=[[], *SECTIONS], help="default: all")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench")
     options = parser.parse_args()
-    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     EVIDENCE.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
     for name in options.sections or SECTIONS:
