@@ -294,7 +294,7 @@ def importance_memory(_work: Path) -> None:
 
 
 def pruning(work: Path) -> None:
-    """Ten times fewer operations; relevance without training; Torch-Pruning beside it; ONNX files. Prints the tables."""
+    """Ten times fewer operations; relevance without training; Torch-Pruning beside it; ONNX files. Prints tables."""
     words = ["recipes/fashion-mnist-structure.toml", "--model", "examples.fashion_mnist.model:teacher"]
     run_recipe("fashion-mnist-structure", work, *words)
     parts = ["relevance"] + (["rival"] if find_spec("torch_pruning") else [])
