@@ -98,22 +98,22 @@ def teacher_text(world: World, work: Path) -> Tensor:
     return torch.from_numpy(np.load(file, allow_pickle=False))
 
 
-def overlap(world: World, student: nn.Module, text: Tensor) -> float:
+def distributions(module: nn.Module, text: Tensor) -> Tensor:
+    """Next-token probabilities after the prompts, float16 (B, n, V)."""
+    with torch.no_grad():
+        parts = [module(part, torch.ones_like(part))[:, PROMPT - 1 : -1].softmax(-1).half() for part in text.split(8)]
+    return torch.cat(parts)
+
+
+def overlap(target: Tensor, draft: Tensor) -> float:
     """Mean over the target's text of sum min(p, q): the rate at which drawn proposals are accepted (temperature 1)."""
-    found = []
-    with torch.no_grad():
-        for part in text.split(8):
-            both = [module(part, torch.ones_like(part))[:, PROMPT - 1 : -1] for module in (world.teacher, student)]
-            p, q = (logits.float().softmax(-1) for logits in both)
-            found.append(torch.minimum(p, q).sum(-1))
-    return float(torch.cat(found).mean())
+    pairs = zip(target, draft, strict=True)
+    return float(torch.stack([torch.minimum(p.float(), q.float()).sum(-1).mean() for p, q in pairs]).mean())
 
 
-def agreement(student: nn.Module, text: Tensor) -> Tensor:
+def agreement(draft: Tensor, text: Tensor) -> Tensor:
     """Where the student's likeliest token is the teacher's, bool (B, n). At temperature 0 acceptance is just this."""
-    with torch.no_grad():
-        guess = torch.cat([student(part, torch.ones_like(part)).argmax(-1) for part in text.split(16)])
-    return guess[:, PROMPT - 1 : -1] == text[:, PROMPT:]
+    return draft.argmax(-1) == text[:, PROMPT:]
 
 
 def block_efficiency(agrees: Tensor, ahead: int) -> float:
@@ -133,15 +133,18 @@ def block_efficiency(agrees: Tensor, ahead: int) -> float:
     return written / passes
 
 
-def evaluate(world: World, student: nn.Module, seed: int, work: Path, *, timed: bool) -> dict[str, Any]:
-    """All figures of one student."""
-    text = teacher_text(world, work)
-    agrees = agreement(student, text)
+def evaluate(
+    world: World, student: nn.Module, seed: int, target: tuple[Tensor, Tensor], *, timed: bool
+) -> dict[str, Any]:
+    """All figures of one student; ``target``: the teacher's text and its probabilities there."""
+    text, wanted = target
+    found = distributions(student, text)
+    agrees = agreement(found, text)
     row: dict[str, Any] = {
         "perplexity": perplexity(student, world.test, PROMPTS),
         **judged(world, student, seed),
         "accepted": float(agrees.float().mean()),
-        "overlap": overlap(world, student, text),
+        "overlap": overlap(wanted, found),
         "efficiency": {str(k): block_efficiency(agrees, k) for k in AHEAD},
     }
     if timed:
@@ -177,18 +180,21 @@ def projected(row: Mapping[str, Any], cost: Mapping[str, Any], ahead: int) -> fl
 
 def run(world: World, work: Path, seeds: Sequence[int], results: Results) -> None:
     """Everything that has no figures yet."""
-    missing = [(seed, name) for seed in seeds for name in ARMS if f"{name}-{seed}" not in results.rows]
+    wanted = [(seed, name) for seed in seeds for name in ARMS if name != "kd"] + [(seed, "kd") for seed in seeds]
+    missing = [(seed, name) for seed, name in wanted if f"{name}-{seed}" not in results.rows]
     if not missing:
         return
     start = warm(world, work)
+    text = teacher_text(world, work)
+    target = text, distributions(world.teacher, text)
     if "start" not in results.rows:
-        results.add("start", evaluate(world, start, 0, work, timed=False))
+        results.add("start", evaluate(world, start, 0, target, timed=False))
     if "costs" not in results.rows:
         results.add("costs", costs(world, start))
     for seed, name in missing:
         folder = work / f"{name}-{seed}"
         student = arm(world, start, name, seed, folder)
-        results.add(f"{name}-{seed}", evaluate(world, student, seed, work, timed=name in DRAFTS))
+        results.add(f"{name}-{seed}", evaluate(world, student, seed, target, timed=name in DRAFTS))
         forget(folder)
 
 

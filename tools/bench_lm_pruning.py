@@ -2,9 +2,9 @@
 
 python -m tools.bench_lm_pruning [--build build] [--work build/bench/lm-pruning] [--seeds 5]
 
-For each seed the ``prune`` stage cuts neurons and key-value heads by activation on its own calibration text, so that
-half of the parameters outside the embedding go; a copy of the result gets new weights. Both are then distilled from the
-whole model for the same steps on the same text. Judged by perplexity on test. Resumable.
+The ``prune`` stage cuts neurons and key-value heads by activation, so that half of the parameters outside the
+embedding go. For each seed a copy of the result, and the same network with newly drawn weights, are distilled from the
+whole model for the same steps on the same text, drawn by the seed. Judged by perplexity on test. Resumable.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from tools.causal_lm import BATCH, Results, World, drawn, forget, open_world, pe
 
 STAGE = PruneStage(kind="prune", neurons=0.56, heads=0.34, importance="activation")
 CALIBRATION = 16  # blocks
-STEPS = 8
-JUDGED = 24  # test blocks
+STEPS, ROWS = 8, 4  # and blocks a step
+JUDGED = 16  # test blocks
 KD: list[dict[str, Any]] = [{"use": "kd", "options": {"temperature": 1.0}}]
 RATES = {"pruned": 3e-4, "scratch": 1e-3}
 
 
-def cut(world: World, seed: int) -> nn.Module:
+def cut(world: World) -> nn.Module:
     """Half of the teacher, as the prune stage makes it."""
-    calibration = drawn(world.train, CALIBRATION, 2000 + seed)
+    calibration = drawn(world.train, CALIBRATION, 2000)
     rows = np.arange(CALIBRATION)
     batches = [
         {name: torch.from_numpy(value) for name, value in calibration.batch(rows[at : at + BATCH]).items()}
         for at in range(0, CALIBRATION, BATCH)
     ]
-    return prune(world.teacher, batches[0], STAGE, batches, seed=seed).module
+    return prune(world.teacher, batches[0], STAGE, batches).module
 
 
 def from_nothing(module: nn.Module, seed: int) -> nn.Module:
@@ -67,48 +67,46 @@ def outside_embedding(module: nn.Module) -> int:
 
 def arm(world: World, name: str, student: nn.Module, seed: int, work: Path) -> dict[str, Any]:
     """Distil and judge."""
-    before = perplexity(student, world.test, JUDGED)
-    text = drawn(world.train, STEPS * BATCH, 1000 + seed)
-    settings = {"objective": KD, "learning_rate": RATES[name]}
+    text = drawn(world.train, STEPS * ROWS, 1000 + seed)
+    settings = {"objective": KD, "learning_rate": RATES[name], "batch": ROWS}
     train(student, world.teacher, text, settings, seed=seed, work=work, digest=world.model.provenance.digest)
-    return {"before": before, "perplexity": perplexity(student, world.test, JUDGED)}
+    return {"perplexity": perplexity(student, world.test, JUDGED)}
 
 
 def run(world: World, work: Path, seeds: int, results: Results) -> None:
     """Everything that has no figures yet."""
+    missing = [(s, name) for s in range(1, seeds + 1) for name in RATES if f"{name}-{s}" not in results.rows]
+    if not missing:
+        return
     if "teacher" not in results.rows:
         facts = {"perplexity": perplexity(world.teacher, world.test, JUDGED)}
         results.add("teacher", {**facts, "outside_embedding": outside_embedding(world.teacher)})
-    for seed in range(1, seeds + 1):
-        missing = [name for name in RATES if f"{name}-{seed}" not in results.rows]
-        if not missing:
-            continue
-        began = time.process_time()
-        half = cut(world, seed)
-        facts = {"outside_embedding": outside_embedding(half), "prune_seconds": round(time.process_time() - began, 1)}
-        for name in missing:
-            folder = work / f"{name}-{seed}"
-            student = copy.deepcopy(half) if name == "pruned" else from_nothing(half, seed)
-            results.add(f"{name}-{seed}", {**facts, **arm(world, name, student, seed, folder)})
-            forget(folder)
+    began = time.process_time()
+    half = cut(world)
+    if "half" not in results.rows:
+        facts = {"perplexity": perplexity(half, world.test, JUDGED), "outside_embedding": outside_embedding(half)}
+        results.add("half", {**facts, "prune_seconds": round(time.process_time() - began, 1)})
+    for seed, name in missing:
+        folder = work / f"{name}-{seed}"
+        student = copy.deepcopy(half) if name == "pruned" else from_nothing(half, seed)
+        results.add(f"{name}-{seed}", arm(world, name, student, seed, folder))
+        forget(folder)
 
 
 def table(results: Results, seeds: int) -> str:
     """A row a seed, and what the paired differences allow to say."""
     rows = results.rows
-    whole = rows["teacher"]
+    whole, half = rows["teacher"], rows["half"]
     lines = [
         f"The whole model: {whole['outside_embedding'] / 1e6:.1f} M parameters outside the embedding, perplexity "
-        f"{whole['perplexity']:.1f}.\n",
-        "| seed | parameters outside the embedding | pruned | pruned and distilled | from nothing and distilled |",
-        "|---|---|---|---|---|",
+        f"{whole['perplexity']:.1f}. Pruned: {half['outside_embedding'] / 1e6:.1f} M, perplexity "
+        f"{half['perplexity']:.1f} before any training.\n",
+        f"| seed | pruned, {STEPS} steps of distillation | from nothing, the same {STEPS} steps |",
+        "|---|---|---|",
     ]
     for seed in range(1, seeds + 1):
         kept, fresh = rows[f"pruned-{seed}"], rows[f"scratch-{seed}"]
-        lines.append(
-            f"| {seed} | {kept['outside_embedding'] / 1e6:.1f} M | {kept['before']:.1f} | {kept['perplexity']:.1f} "
-            f"| {fresh['perplexity']:.1f} |"
-        )
+        lines.append(f"| {seed} | {kept['perplexity']:.1f} | {fresh['perplexity']:.1f} |")
     found = weigh(
         [
             float(np.log(rows[f"scratch-{seed}"]["perplexity"] / rows[f"pruned-{seed}"]["perplexity"]))
