@@ -76,6 +76,20 @@ def test_guesses_replace_tokens_of_the_data_in_one_pass() -> None:
     assert 0 < int((some["input_ids"] != ids).sum()) < int((found["input_ids"] != ids).sum())
 
 
+def test_the_plan_says_that_the_teacher_judges_what_is_written(tmp_path) -> None:
+    from compressor.cli.teachers import _decision
+    from compressor.distil.terms import build
+    from compressor.recipe import DistilStage
+
+    for more, words in (
+        ({"rollouts": {"fraction": 0.5}}, "judges what the student writes"),
+        ({"strategy": [{"use": "mixup"}]}, "`mixup` makes new ones"),
+    ):
+        stage = DistilStage.model_validate({"kind": "distil", "objective": [{"use": "kd"}], **more})
+        weighted = build(stage, {"logits": 1}, {"logits": 1})
+        assert words in _decision(None, None, stage, weighted, None, None, tmp_path)
+
+
 @pytest.mark.parametrize("value", [1.5, -0.1, {"kind": "linear", "from": 0.0, "to": 2.0}])
 def test_shares_lie_between_0_and_1(value: object) -> None:
     with pytest.raises(ValidationError):
