@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, choices=range(2, 11))
     parser.add_argument("--work", type=Path, default=Path("build/methods"))
     parser.add_argument("--out", type=Path, help="a Markdown page; the standard output when left out")
+    parser.add_argument("--stored", action="store_true", help="train nothing: only rows whose scores are there")
     parser.add_argument("--list", action="store_true")
     arguments = parser.parse_args()
     known = page.rows()
@@ -29,7 +30,7 @@ def main() -> None:
     if unknown := set(arguments.rows) - set(known):
         parser.error(f"no such row: {', '.join(sorted(unknown))}; see --list")
     torch.set_num_threads(1)
-    text = page.page(arguments.rows or list(known), arguments.seeds, arguments.work)
+    text = page.page(arguments.rows or list(known), arguments.seeds, arguments.work, stored=arguments.stored)
     if arguments.out:
         arguments.out.write_text(text)
     else:

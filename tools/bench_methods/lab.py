@@ -76,6 +76,14 @@ class Lab:
             self.told(f"{arm.key} seed {seed}: {found}")
         return found
 
+    def known(self, row: Row, seeds: int) -> bool:
+        """Are all scores of a row there, so that nothing has to be trained?"""
+        return all(
+            all(self.store.get(arm, "seeds", str(seed)) for seed in range(seeds))
+            and (len(arm.rates) == 1 or all(self.store.get(arm, "tuning", str(rate)) for rate in arm.rates))
+            for arm in row.arms
+        )
+
     def rate(self, arm: Arm) -> float:
         """The learning rate that is best on validation."""
         if len(arm.rates) == 1:

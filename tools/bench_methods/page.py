@@ -79,37 +79,45 @@ def laboratories(work: Path) -> dict[str, Lab]:
     return made
 
 
-def page(names: Sequence[str], seeds: int, work: Path) -> str:
-    """Measure the rows, each printed as it is known, and tell them as Markdown."""
-    labs, known, lines = laboratories(work), rows(), []
+def page(names: Sequence[str], seeds: int, work: Path, *, stored: bool = False) -> str:
+    """Measure the rows, each printed as it is known, and tell them as Markdown.
+
+    ``stored``: train nothing; rows without all their scores are named as not measured.
+    """
+    labs, known, lines, missing = laboratories(work), rows(), [], []
     for name in names:
         bench = known[name].arms[0].bench
         if bench not in labs:
             said(f"{name} is left out: {text.missing() or pixels.missing()}")
-            continue
-        lines.append(measure(name, known[name], labs[bench], seeds))
-        said(lines[-1].text)
-    return document(lines, labs, seeds)
+            missing.append(name)
+        elif stored and not labs[bench].known(known[name], seeds):
+            missing.append(name)
+        else:
+            lines.append(measure(name, known[name], labs[bench], seeds))
+            said(lines[-1].text)
+    return document(lines, labs, seeds, missing)
 
 
-def document(lines: Sequence[Line], labs: Mapping[str, Lab], seeds: int) -> str:
+def document(lines: Sequence[Line], labs: Mapping[str, Lab], seeds: int, missing: Sequence[str] = ()) -> str:
     groups = {
         "Rows that the specification calls robust": [line for line in lines if line.row.robust],
         "Proposals that had never been run": [line for line in lines if not line.row.robust],
     }
-    parts = ["# Do the methods help?\n", *_summary(groups), *_settings(labs, seeds)]
+    parts = ["# Do the methods help?\n", *_summary(groups, missing), *_settings(lines, labs, seeds)]
     for title, found in groups.items():
         parts += [f"## {title}\n", HEAD, *(line.text for line in found), ""] if found else []
     return "\n".join([*parts, *_checks()]) + "\n"
 
 
-def _summary(groups: Mapping[str, Sequence[Line]]) -> list[str]:
+def _summary(groups: Mapping[str, Sequence[Line]], missing: Sequence[str]) -> list[str]:
     parts = []
     for title, lines in groups.items():
         counts = Counter("every seed" if line.verdict not in VERDICTS else line.verdict for line in lines)
         told = ", ".join(f"{counts[word]} {word}" for word in ("every seed", *VERDICTS) if counts[word])
         lost = [f"`{line.name}` ({line.verdict})" for line in lines if not line.won]
         parts += [f"**{title}** ({len(lines)}): {told}.", f"Not shown: {', '.join(lost)}." if lost else "", ""]
+    if missing:
+        parts.append(f"Not measured yet: {', '.join(f'`{name}`' for name in missing)}.\n")
     parts += [
         "A win on all five of five seeds has probability 1/32 where nothing differs: a row or two of this page may be "
         "chance. Networks and budgets are tiny: signs count, sizes do not carry over.\n",
@@ -119,7 +127,9 @@ def _summary(groups: Mapping[str, Sequence[Line]]) -> list[str]:
     return parts
 
 
-def _settings(labs: Mapping[str, Lab], seeds: int) -> list[str]:
+def _settings(lines: Sequence[Line], labs: Mapping[str, Lab], seeds: int) -> list[str]:
+    arms = {arm.key: arm for line in lines for arm in line.row.arms if len(arm.rates) > 1}
+    upper = sum(labs[arm.bench].rate(arm) == max(arm.rates) for arm in arms.values())
     weights = {name: sum(p.numel() for p in fresh(name, 0).parameters()) for name in ("student", "teacher")}
     example: Arm = pictures.plain(500)
     fixtures = "; ".join(f"{name}: {lab.fixture.teachers()}" for name, lab in labs.items())
@@ -130,7 +140,8 @@ def _settings(labs: Mapping[str, Lab], seeds: int) -> list[str]:
         "unless these are the claim. `rates`: each arm's learning rate is the better of the same two on a validation "
         "part of a tenth, with a seed that is not one of those compared; the other settings were fixed in advance. The "
         "test set only scores. `5/5`: every seed wins; `better`, `worse`: the 90 % t-interval of the mean difference "
-        "lies on one side of 0 (or every seed loses).\n",
+        "lies on one side of 0 (or every seed loses). "
+        f"The higher rate won in {upper} of {len(arms)} arms: higher ones might raise both sides.\n",
         f"Pictures: Fashion-MNIST, networks of {weights['student']:,} parameters, teacher of {weights['teacher']:,}, "
         f"{example.steps} steps of {BATCH['vision']}, rates {_both(RATES)}, accuracy in per cent on "
         "10,000 test images. Movie reviews: three layers of a fine-tuned MiniLM-L6 (embeddings frozen), "
