@@ -1,7 +1,7 @@
 """Fewer layers: some of the longest list of blocks, or of the encoder's and the decoder's, are kept.
 
-A deep encoder with a shallow decoder loses little quality and most of the decoding time, since the encoder runs once
-(Kasai et al., "Deep Encoder, Shallow Decoder", ICLR 2021).
+A deep encoder with a shallow decoder loses little quality and most of the decoding time where a cache is kept, since
+the encoder then runs once (Kasai et al., "Deep Encoder, Shallow Decoder", ICLR 2021). Graphs exported here keep none.
 """
 
 from __future__ import annotations
