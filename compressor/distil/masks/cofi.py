@@ -47,6 +47,7 @@ class LearntMasks(nn.Module):  # type: ignore[misc]  # torch is not followed by 
                 self._names[name], nn.Parameter(start + SPREAD * torch.randn(gate.units, generator=generator))
             )
         self.first, self.second = nn.Parameter(torch.zeros(())), nn.Parameter(torch.tensor(STIFFNESS))
+        self.to(next(student.parameters()).device)
         self._noise: dict[str, Tensor] = {}
         self._done = (0.0, 0.0)  # expected sparsity and target of the last step
         masks = [self._log_alpha(name) for name in self.plan.gates]
@@ -156,11 +157,16 @@ class LearntMasks(nn.Module):  # type: ignore[misc]  # torch is not followed by 
         self._done = (state["done"][0], state["done"][1])
 
     def commit(self, student: nn.Module, example: Callable[[], Mapping[str, Tensor]]) -> Committed:
-        self.eval()
+        device = self.first.device
+        self.eval().cpu()
+        student.cpu()  # cut and compared there, whatever trained it
         with torch.no_grad():
             reached = float(self.sparsity())
-            masks = {name: self.value(name).cpu() for name in self.plan.gates}
-        return settle(student, self.plan, masks, example(), self.detach, (reached, self.config.target))
+            masks = {name: self.value(name) for name in self.plan.gates}
+        few = {name: tensor.cpu() for name, tensor in example().items()}
+        done = settle(student, self.plan, masks, few, self.detach, (reached, self.config.target))
+        student.to(device)
+        return done
 
 
 def rehearse(student: nn.Module, example: Mapping[str, Tensor], config: CoFi, round_to: int) -> None:
