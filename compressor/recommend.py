@@ -225,7 +225,7 @@ def _temperature(facts: Facts) -> tuple[float, float, str]:
     if facts.classes <= FEW_CLASSES:
         why = (
             "few classes: above labels alone on 5 of 5 seeds at 2000 and at 10,000 labels (85.8 against 84.8 %); "
-            "temperature 4 lost to labels on the mean with dense students; with convolutional ones it was as good or better"
+            "temperature 4 lost to labels with dense students, and was as good or better with convolutional ones"
         )
         return 1.0, 0.9 if facts.labelled <= SHORT else 0.7, f"kd at temperature 1: {why} (L1)"
     return 2.0, 0.5, f"kd at temperature 2: {facts.classes} classes, whose similarities the teacher knows (L1)"
