@@ -1,6 +1,6 @@
 """What on-policy distillation does for a small causal language model, and for its use as a draft (methods X1, X4).
 
-python -m tools.bench_drafts [--build build] [--work build/bench/drafts] [--seeds 5]
+python -m tools.bench_drafts [--build build] [--work build/bench/drafts] [--seeds 5] [--steps 12] [--report]
 
 The student is four of the teacher's 30 layers with its embeddings. One warm start on text; from it, for each seed,
 students that see equally many steps of the same text: cross-entropy (``ce``), off-policy distillation by forward and by
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.distil.generation import end_token, generate, language_model
-from compressor.distil.probes.paired import weigh
+from compressor.distil.probes.paired import FEWEST, weigh
 from compressor.recipe import StudentStage
 from compressor.students import make_student
 from tools.bench_speculative import measure
@@ -42,10 +42,10 @@ REVERSE: list[dict[str, Any]] = [{"use": "reverse-kl", "options": {"temperature"
 OWN = {"prompt_tokens": PROMPT, "max_new_tokens": NEW, "temperature": 1.0}
 ARMS: dict[str, dict[str, Any]] = {
     "ce": {"objective": []},
-    "kd-reverse": {"objective": REVERSE},
+    "kd": {"objective": KD},
     "gkd": {"objective": REVERSE, "rollouts": {"fraction": 1.0, **OWN}},
     "distillspec": {"objective": KD, "rollouts": {"fraction": 0.5, **OWN, "temperature": 0.3}},
-    "kd": {"objective": KD},
+    "kd-reverse": {"objective": REVERSE},
 }
 DRAFTS = ("ce", "distillspec")  # whose speed is measured
 PAIRS = (("gkd", "kd-reverse"), ("gkd", "kd"), ("distillspec", "ce"), ("kd", "ce"))
@@ -70,10 +70,10 @@ def warm(world: World, work: Path) -> nn.Module:
     return student
 
 
-def arm(world: World, start: nn.Module, name: str, seed: int, work: Path) -> nn.Module:
-    """One student of a seed; the three of a seed read the same blocks in the same order."""
+def arm(world: World, start: nn.Module, name: str, seed: int, work: Path, steps: int = STEPS) -> nn.Module:
+    """One student of a seed; those of a seed read the same blocks in the same order."""
     student = copy.deepcopy(start)
-    text = drawn(world.train, STEPS * BATCH, 1000 + seed)
+    text = drawn(world.train, steps * BATCH, 1000 + seed)
     teacher = None if name == "ce" else world.teacher
     settings = {"learning_rate": RATE, "freeze": FREEZE, **ARMS[name]}
     train(student, teacher, text, settings, seed=seed, work=work, digest=world.model.provenance.digest)
@@ -178,10 +178,9 @@ def projected(row: Mapping[str, Any], cost: Mapping[str, Any], ahead: int) -> fl
     return float(row["efficiency"][str(ahead)] * cost["target"]["1"] / spent)
 
 
-def run(world: World, work: Path, seeds: Sequence[int], results: Results) -> None:
+def run(world: World, work: Path, seeds: Sequence[int], results: Results, steps: int = STEPS) -> None:
     """Everything that has no figures yet."""
-    wanted = [(seed, name) for seed in seeds for name in ARMS if name != "kd"] + [(seed, "kd") for seed in seeds]
-    missing = [(seed, name) for seed, name in wanted if f"{name}-{seed}" not in results.rows]
+    missing = [(seed, name) for seed in seeds for name in ARMS if f"{name}-{seed}" not in results.rows]
     if not missing:
         return
     start = warm(world, work)
@@ -193,7 +192,7 @@ def run(world: World, work: Path, seeds: Sequence[int], results: Results) -> Non
         results.add("costs", costs(world, start))
     for seed, name in missing:
         folder = work / f"{name}-{seed}"
-        student = arm(world, start, name, seed, folder)
+        student = arm(world, start, name, seed, folder, steps)
         results.add(f"{name}-{seed}", evaluate(world, student, seed, target, timed=name in DRAFTS))
         forget(folder)
 
@@ -208,7 +207,9 @@ def table(results: Results, seeds: Sequence[int]) -> str:
         _line("start (one run)", [rows["start"]]),
     ]
     for name in ARMS:
-        lines.append(_line(f"{name} ({len(seeds)} seeds)", [rows[f"{name}-{seed}"] for seed in seeds]))
+        found = _done(results, seeds, name)
+        if found:
+            lines.append(_line(f"{name} (seeds {', '.join(map(str, found))})", [rows[f"{name}-{s}"] for s in found]))
     lines += ["", "| paired difference | mean | 90 % interval | seeds won | verdict |", "|---|---|---|---|---|"]
     read: dict[str, Callable[[Mapping[str, Any]], float]] = {
         "teacher's log-likelihood": lambda row: float(row["teacher_ll"]),
@@ -218,12 +219,20 @@ def table(results: Results, seeds: Sequence[int]) -> str:
     }
     for what, value in read.items():
         for better, worse in PAIRS:
-            found = weigh([value(rows[f"{better}-{s}"]) - value(rows[f"{worse}-{s}"]) for s in seeds])
+            pairs = _done(results, seeds, better, worse)
+            if len(pairs) < FEWEST:
+                continue
+            told = weigh([value(rows[f"{better}-{s}"]) - value(rows[f"{worse}-{s}"]) for s in pairs])
             lines.append(
-                f"| {what}: {better} - {worse} | {found.mean:+.4f} | {found.low:+.4f} to {found.high:+.4f} "
-                f"| {found.wins} of {found.pairs} | {found.verdict} |"
+                f"| {what}: {better} - {worse} | {told.mean:+.4f} | {told.low:+.4f} to {told.high:+.4f} "
+                f"| {told.wins} of {told.pairs} | {told.verdict} |"
             )
     return "\n".join([*lines, "", *_speeds(results, seeds)])
+
+
+def _done(results: Results, seeds: Sequence[int], *names: str) -> list[int]:
+    """The seeds that have figures of all these arms."""
+    return [seed for seed in seeds if all(f"{name}-{seed}" in results.rows for name in names)]
 
 
 def _line(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -250,14 +259,15 @@ def _speeds(results: Results, seeds: Sequence[int]) -> list[str]:
     ]
     for name in DRAFTS:
         for ahead in map(str, TIMED_AHEAD):
-            found = [rows[f"{name}-{seed}"]["timed"][ahead] for seed in seeds]
+            found = [rows[f"{name}-{seed}"]["timed"][ahead] for seed in _done(results, seeds, name)]
             keys = ("tokens_per_pass", "speedup", "speedup_processor", "same")
             one, wall, processor, same = (float(np.mean([row[key] for row in found])) for key in keys)
             lines.append(f"| {name} | {ahead} | {one:.2f} | {wall:.2f}x | {processor:.2f}x | {same:.0%} |")
     lines += ["", "| draft | by counted tokens and the costs above, proposed: " + " | ".join(map(str, AHEAD)) + " |"]
     lines.append("|---" * (len(AHEAD) + 1) + "|")
     for name in ARMS:
-        cells = (np.mean([projected(rows[f"{name}-{seed}"], cost, k) for seed in seeds]) for k in AHEAD)
+        own = [rows[f"{name}-{seed}"] for seed in _done(results, seeds, name)]
+        cells = (np.mean([projected(row, cost, k) for row in own]) if own else float("nan") for k in AHEAD)
         lines.append(f"| {name} | " + " | ".join(f"{cell:.2f}x" for cell in cells) + " |")
     return lines
 
@@ -268,11 +278,16 @@ def main() -> None:
     parser.add_argument("--build", type=Path, default=Path("build"))
     parser.add_argument("--work", type=Path, default=Path("build/bench/drafts"))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help="of each arm; another number wants a --work of its own"
+    )
+    parser.add_argument("--report", action="store_true", help="train nothing, print what is there")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     results = Results(options.work / "results.json")
     seeds = range(1, options.seeds + 1)
-    run(open_world(options.build), options.work, seeds, results)
+    if not options.report:
+        run(open_world(options.build), options.work, seeds, results, options.steps)
     print(table(results, seeds))
 
 
