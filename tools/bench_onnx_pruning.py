@@ -34,13 +34,14 @@ def cut(model: onnx.ModelProto, data: Data, ratio: float) -> PrunedOnnx:
 
 
 def compared(model: onnx.ModelProto, small: onnx.ModelProto, data: Data) -> list[str]:
-    """Each output: mean squared difference relative to its variance, and equal argmax where there are few classes."""
+    """Each output: mean squared difference relative to its variance, and equal argmax where it is a probability."""
     held = {name: array[CALIBRATION:JUDGED] for name, array in data.items()}
     wanted, found = Watcher(model).run(held), Watcher(small).run(held)
     lines = []
     for name, array in wanted.items():
         error = float(np.square(array - found[name]).mean() / max(float(array.var()), 1e-30))
-        same = f", argmax equal {np.mean(array.argmax(-1) == found[name].argmax(-1)):.1%}" if array.ndim == 2 else ""
+        chances = array.ndim == 2 and np.allclose(array.sum(axis=-1), 1, atol=1e-3)
+        same = f", argmax equal {np.mean(array.argmax(-1) == found[name].argmax(-1)):.1%}" if chances else ""
         lines.append(f"`{name}` {error:.2%}{same}")
     return lines
 
