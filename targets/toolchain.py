@@ -101,8 +101,8 @@ class State(StrEnum):
 
     ABSENT = "not installed"
     READY = "installed"
-    OLD = "another lock file is installed; install again"
-    BROKEN = "an installation was interrupted; install again"
+    OLD = "installed from another lock file; install again"
+    BROKEN = "half installed, an installation was interrupted; install again"
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,6 @@ class Qnn(TargetBackend):
         context = folder / "model_ctx.onnx"
         reply = _compile(artifact, shapes, context, options)
         placed, left = reply["placed"], reply["left"]
-        if not placed:
-            raise CompileError(f"{_WHAT} places no operation of `{artifact.name}` on the processor: {_list(left)}")
         return Compiled(
             path=context,
             artifact=artifact,
@@ -116,6 +114,11 @@ def _compile(
             onnx.save(with_shapes(onnx.load(str(artifact.path)), shapes), str(fixed))
         request = {"action": "compile", "model": str(fixed), "context": str(context.resolve()), "options": settings}
         reply = toolchain.call(TOOLCHAIN, request, _limits(options), f"{_WHAT} compiler")
+    if not reply["placed"]:
+        raise CompileError(
+            f"{_WHAT} places no operation of `{artifact.name}` on the processor: {_list(reply['left'])}",
+            hint="Export the model without these operators, or use another target.",
+        )
     if not context.is_file():
         raise CompileError(f"{_WHAT} wrote no context for `{artifact.name}`")
     return reply
