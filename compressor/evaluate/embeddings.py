@@ -73,7 +73,12 @@ def pair_correlation(outputs: Array, judgements: Array) -> float:
 
 
 def ranking_gain(outputs: Array, judgements: Array, at: int = RANKED) -> float:
-    """Mean nDCG@``at`` over the queries, all passages of the set being the corpus.
+    """Mean nDCG@``at`` over the queries: :func:`ranking_gains`."""
+    return float(ranking_gains(outputs, judgements, at).mean())
+
+
+def ranking_gains(outputs: Array, judgements: Array, at: int = RANKED) -> Array:
+    """nDCG@``at`` of each query (Q,), all passages of the set being the corpus.
 
     ``outputs`` (M, D) by cosine. ``judgements`` int (M, 2): number of the query (equal texts have equal numbers) and 0
     for a query, number of the query it answers (-1: none) and 1 + number of the passage for a passage. A passage is
@@ -93,13 +98,13 @@ def ranking_gain(outputs: Array, judgements: Array, at: int = RANKED) -> float:
     answer = answer[np.isin(judgements[answer, 0], queries)]
     rows = np.searchsorted(queries, judgements[answer, 0])
     columns = np.searchsorted(passages, judgements[answer, 1])
-    total = 0.0
+    found = []
     for start in range(0, len(queries), BLOCK):
         here = (rows >= start) & (rows < start + BLOCK)
         relevant = np.zeros((min(BLOCK, len(queries) - start), len(passages)), dtype=bool)
         relevant[rows[here] - start, columns[here]] = True
-        total += float(_gains(asked[start : start + BLOCK] @ corpus.T, relevant, at).sum())
-    return total / len(queries)
+        found.append(_gains(asked[start : start + BLOCK] @ corpus.T, relevant, at))
+    return np.concatenate(found)
 
 
 def _gains(scores: Array, relevant: Array, at: int) -> Array:
