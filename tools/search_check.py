@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from compressor.data.pairs import arranged
 from compressor.data.raw import RawPart
-from compressor.evaluate.embeddings import ranking_gain, ranking_gains
+from compressor.evaluate.embeddings import ranking_gains
 
 
 def packaged(folder: Path, texts: list[str]) -> np.ndarray:
@@ -56,15 +56,13 @@ def shares(run: Path, data: Path, resamples: int = 2000) -> list[str]:
     assert judged is not None
     report = json.loads((run / "report.json").read_text())
     wanted = {row["artifact"]: row["test"].get("value") for row in report["outcomes"][0]["rows"]}
-    found = {}
+    own = {}
     for path in sorted((run.parents[1] / "cache" / "predictions").glob("*.npy")):
         outputs = np.load(path, allow_pickle=False)
         if outputs.ndim == 2 and len(outputs) == len(judged):
-            value = ranking_gain(outputs, judged)
-            found |= {
-                name: outputs for name, known in wanted.items() if known is not None and abs(known - value) < 1e-9
-            }
-    own = {name: ranking_gains(outputs, judged) for name, outputs in found.items()}
+            values = ranking_gains(outputs, judged)
+            same = [name for name, known in wanted.items() if known is not None and abs(known - values.mean()) < 1e-9]
+            own |= dict.fromkeys(same, values)
     random = np.random.default_rng(0)
     draws = random.integers(0, len(own["teacher/fp32"]), (resamples, len(own["teacher/fp32"])))
     lines = []

@@ -105,9 +105,7 @@ def _needed(reference: Array | None, task: Task) -> Array:
     return reference
 
 
-def further(
-    task: Task, outputs: Array, labels: Array | None, reference: Array | None = None
-) -> Mapping[str, float]:
+def further(task: Task, outputs: Array, labels: Array | None, reference: Array | None = None) -> Mapping[str, float]:
     """Other metrics of the same predictions, for the detail of a figure. ``reference``: the teacher's outputs."""
     if task in ("retrieval", "sentence-similarity"):
         more = {} if reference is None else {"spearman": embeddings.similarity_correlation(outputs, reference)}
