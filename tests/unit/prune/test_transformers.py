@@ -44,14 +44,12 @@ def test_vit(vit: nn.Module, pixels: dict[str, Tensor]) -> None:
     assert len(pruned.module.model.vit.layers) == 2
 
 
-@pytest.mark.parametrize("name", ["DistilBert", "Roberta", "MPNet"])
+@pytest.mark.parametrize("name", ["MPNet"])  # more of them: test_matrix.py
 def test_other_encoders(name: str) -> None:
     import transformers
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    if name == "DistilBert":
-        sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
     config = getattr(transformers, f"{name}Config")(vocab_size=50, **sizes)
     module = getattr(transformers, f"{name}ForSequenceClassification")(config).eval()
     batch = {"input_ids": torch.randint(3, 50, (3, 8)), "attention_mask": torch.ones(3, 8, dtype=torch.long)}
