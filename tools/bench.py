@@ -92,7 +92,7 @@ def debian_search(work: Path) -> None:
         command([sys.executable, "-m", "examples.debian_search.prepare"])
     run = run_recipe("debian-search", work, "recipes/debian-search.toml")
     text = command([sys.executable, "-m", "tools.search_check", str(run)])
-    page = "# The package of the search encoder\n\n`python -m tools.search_check RUN`, queries of the test set:\n\n"
+    page = "# The search encoder and its package\n\n`python -m tools.search_check RUN`, queries of the test set:\n\n"
     (EVIDENCE / "debian-search" / "package.md").write_text(page + text)
 
 
