@@ -175,7 +175,10 @@ def _encoder(facts: Facts) -> _Term:
     if facts.task != "retrieval" or not facts.labelled:
         return _Term(terms, 0.0, reason + "; no labels are needed", {})
     terms.append({"use": "similarity", "weight": 1.0, "options": {"compare": "kl", "pairs": True, "temperature": 0.05}})
-    reason += "; how it ranks the passages of a batch for each query too (W1), and a little of the pairs themselves"
+    reason += (
+        "; how it ranks the passages of a batch for each query too (W1), and a little of the pairs themselves: 96 % of "
+        "the teacher's nDCG@10 on package search, the null twin 90 % (one seed)"
+    )
     return _Term(terms, 0.1, reason, {"batch": 64})
 
 
@@ -187,16 +190,13 @@ def _classifier(facts: Facts) -> _Term:
         )
         return _Term([{"use": "symmetric-kl"}], 0.0, reason, {"weight_decay": 0.0001})
     if facts.unlabelled and facts.labelled <= VERY_SHORT:
-        reason = "dual-head: few labels beside unlabelled samples; a head each, fused at export (D1, untested on seeds)"
+        reason = (
+            "dual-head: few labels beside unlabelled samples; a head each, fused at export (85.0 against 76.8 % of "
+            "labels alone on 5 of 5 seeds, 500 labels and 1500 samples without; D1)"
+        )
         return _Term([{"use": "dual-head"}], 1.0, reason, {})
     if facts.shortens:
         return _shortened(facts)
-    if facts.classes <= VERY_FEW_CLASSES and facts.labelled > SHORT:
-        reason = (
-            f"lelp: {facts.classes} classes say little in their probabilities; subclasses of the teacher's embedding "
-            "say more (L8, untested on seeds)"
-        )
-        return _Term([{"use": "lelp"}], 0.5, reason, {})
     tau, weight, reason = _temperature(facts)
     terms = [_kd(tau, weight)]
     if facts.teacher == "transformer":
@@ -218,10 +218,11 @@ def _shortened(facts: Facts) -> _Term:
 
 def _temperature(facts: Facts) -> tuple[float, float, str]:
     if facts.labelled <= VERY_SHORT:
-        why = (
-            f"{facts.labelled:,} labels: most weight on the teacher (at 500 labels 82.5 % on 5 of 5 seeds, "
-        )
+        why = f"{facts.labelled:,} labels: most weight on the teacher (at 500 labels 82.5 % on 5 of 5 seeds, "
         return 2.0, 0.9, f"kd at temperature 2, weight 0.9: {why}labels alone 76.8 %; L1, T11)"
+    if facts.classes <= VERY_FEW_CLASSES and facts.labelled > SHORT:
+        why = "two classes that are hard to tell apart: above labels alone on 5 of 5 seeds (86.7 against 85.9 %)"
+        return 1.0, 0.5, f"kd at temperature 1: {why} (L1)"
     if facts.classes <= FEW_CLASSES:
         why = (
             "few classes: above labels alone on 5 of 5 seeds at 2000 and at 10,000 labels (85.8 against 84.8 %); "
@@ -258,6 +259,8 @@ def _alternatives(facts: Facts) -> tuple[str, ...]:
         found.append(
             "plackett-luce with labels = 0: no temperature and no weight to choose, above labels alone on 5 of 5"
         )
+    if facts.task in CLASSIFIERS and facts.classes <= VERY_FEW_CLASSES and facts.labelled > SHORT:
+        found.append("lelp: subclasses of the teacher's embedding; above labels alone, but 0.5 points below kd (L8)")
     if facts.labelled > 20 * SHORT:
         found.append(
             'strategy = [{ use = "subset", fraction = 0.3 }]: a random third, quicker, with more teacher weight'

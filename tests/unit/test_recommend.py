@@ -48,7 +48,9 @@ def test_much_unlabelled_data_needs_no_labels() -> None:
 
 def test_few_labels_and_few_classes_have_their_methods() -> None:
     assert distil(facts_of("image-classification", 10, 900, 1500, "cnn", HERE)).objective[0].use == "dual-head"
-    assert distil(facts_of("image-classification", 2, 8000, 0, "cnn", HERE)).objective[0].use == "lelp"
+    two = facts_of("image-classification", 2, 8000, 0, "cnn", HERE)
+    assert (distil(two).objective[0].use, distil(two).labels) == ("kd", 0.5)  # it beat lelp, which stays worth a run
+    assert any(line.startswith("lelp") for line in recommend(two).alternatives)
     agnostic = distil(facts_of("generic", 0, 0, 8000, "transformer", HERE))
     assert agnostic.objective[0].use == "minilm-relations"
 
