@@ -4,7 +4,7 @@
     python -m tools.bench_torchdistill build/torchdistill [--rounds 3] [--epochs 4]
 
 Both train the same student from the same weights on the same batches of Fashion-MNIST, taught by the same online
-teacher: 0.5 cross-entropy + 0.5 tau^2 KL at tau 2, fused AdamW at a constant rate. torchdistill runs its
+teacher: 0.5 cross-entropy + 0.5 tau^2 KL at tau 2, fused AdamW, cosine decay. torchdistill runs its
 DistillationBox, WeightedSumLoss of one KDLoss and its data loader, in the loop of its image-classification example. Its
 step is given twice: whole, and without its data loader (ours always includes the loading).
 
@@ -77,6 +77,11 @@ def rival_config(epochs: int, order: list[int]) -> dict[str, Any]:
         },
         "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
         "student": {"forward_proc": "forward_batch_only"},
+        "scheduler": {
+            "key": "CosineAnnealingLR",
+            "kwargs": {"T_max": epochs * len(order) // BATCH},
+            "scheduling_step": 1,
+        },
         "optimizer": {"key": "AdamW", "kwargs": {"lr": RATE, "weight_decay": 0.0, "fused": True}},
         "criterion": {
             "key": "WeightedSumLoss",
@@ -151,7 +156,7 @@ class Turns(Pictures):
 def settings(epochs: int) -> DistilStage:
     """The stage of our arm, equal to the rival's configuration."""
     kd = {"use": "kd", "weight": 0.5, "options": {"temperature": TEMPERATURE}}
-    keys = {"learning_rate": RATE, "weight_decay": 0.0, "schedule": "constant", "warmup": 0.0, "clip": None}
+    keys = {"learning_rate": RATE, "weight_decay": 0.0, "schedule": "cosine", "warmup": 0.0, "clip": None}
     more = {"kind": "distil", "epochs": epochs, "batch": BATCH, "labels": 0.5, "precision": "fp32", "cache": "off"}
     return DistilStage.model_validate(keys | more | {"objective": [kd]})
 
