@@ -68,6 +68,7 @@ class Text:
             if name in ("train", "validation"):
                 held = {"validation": round(0.1 * len(texts)), "calibration": 256}
                 rows = split_indices(len(texts), held, seed=0)[name]
+            rows = np.random.default_rng(0).permutation(rows)  # the file is sorted, and arms take the first ones
             part = RawPart("texts", [texts[row] for row in rows])
             found = None if name == "transfer" else labels[rows]
             store = token_store(part, self.model)

@@ -12,7 +12,7 @@ STEPS = 50
 
 
 def arm(labelled: int, keys: dict[str, Any], teacher: str = "MiniLM-L6", **more: Any) -> Arm:
-    return Arm(labelled, keys, teacher, data="reviews", steps=STEPS, rates=RATES, bench="text",
+    return Arm(labelled, keys, teacher, data="shuffled reviews", steps=STEPS, rates=RATES, bench="text",
                **({"start": "copied"} | more))  # fmt: skip
 
 
