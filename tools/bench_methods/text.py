@@ -106,7 +106,7 @@ class Text:
 
     def taught(self) -> Array:
         """The teacher's logits on test, computed once."""
-        path = self.folder / "teacher-test.npy"
+        path = self.folder / "teacher-shuffled-test.npy"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             assert self.model.module is not None
