@@ -85,7 +85,7 @@ def test_ranking_objectives_train_from_files(command: Command, encoder_folder: P
     recipe = tmp_path / "ranking.toml"
     source = search(tmp_path / "search.csv")
     recipe.write_text(RECIPE.format(model=encoder_folder, source=source, objectives=OBJECTIVES))
-    result = command("run", str(recipe), "--json")
+    result = command("run", str(recipe), "--json", timeout=600)
     assert result.returncode in (0, 3), result.stdout[-3000:] + result.stderr[-3000:]
     found = json.loads(result.stdout)
     measured = rows(found)
