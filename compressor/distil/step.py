@@ -277,7 +277,8 @@ class Gradients:
         at = head + len(has)
         for used, parameter in zip(message[head:at].tolist(), trained, strict=True):
             flat = message[at : at + parameter.numel()]
-            parameter.grad = flat.view(parameter.shape).clone() if used else None
+            # laid out like its parameter: fused optimisers read both in the order of memory (channels last)
+            parameter.grad = torch.empty_like(parameter).copy_(flat.view(parameter.shape)) if used else None
             at += parameter.numel()
         for buffer in self._buffers:
             buffer.copy_(message[at : at + buffer.numel()].view(buffer.shape))
