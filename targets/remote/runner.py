@@ -139,7 +139,7 @@ def answer(state: dict[str, Any], header: dict[str, Any], arrays: dict[str, Any]
         return times(session, arrays, header["count"]), {}
     if action == "run":
         names = [output.name for output in session.get_outputs()]
-        return {}, dict(zip(names, session.run(None, arrays)))
+        return {}, dict(zip(names, session.run(None, arrays)))  # noqa: B905  Python 3.9 has no strict=
     raise ValueError("unknown action " + action)
 
 

@@ -165,7 +165,7 @@ def _equations(node: NodeProto, data: Array, wanted: Array, layer: _Layer) -> tu
     places = wanted.shape[2:]
     drawn = np.unravel_index(_draw(int(np.prod(places)), max(1, ROWS // SAMPLES)), places)
     x = _patches(node, data, drawn, layer)
-    y = np.moveaxis(wanted[(slice(None), slice(None), *drawn)], 1, 2)
+    y = np.moveaxis(wanted.reshape(*wanted.shape[:2], -1)[:, :, np.ravel_multi_index(drawn, places)], 1, 2)
     return x.astype(np.float64), y.reshape(-1, y.shape[-1])[:, layer.outputs].astype(np.float64)
 
 

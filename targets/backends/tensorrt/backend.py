@@ -274,7 +274,9 @@ def _write_kit(job: _Job, reason: str) -> Compiled:
     findings = _validate_with_rtx(job)
     content = {"artifact": job.artifact.name, "capability": job.profile.compute.capability, "validation": findings}
     folder = job.out / f"{job.stem}.trtkit"
-    files = build_kit.write_kit(folder, job.artifact.path, job.shapes, job.settings.workspace_mib, content, sparse=job.sparse)
+    files = build_kit.write_kit(
+        folder, job.artifact.path, job.shapes, job.settings.workspace_mib, content, sparse=job.sparse
+    )
     return Compiled(
         path=files[0],
         artifact=job.artifact,

@@ -152,7 +152,8 @@ def build(trt: Any, request: Mapping[str, Any], journal: Journal) -> dict[str, A
     """Parse, build and write the engine.
 
     ``request``: flavour, onnx, engine (output path, or "" to stop after parsing), workspace_mib, sparse_weights, shapes
-    {input: [min, opt, max]}, compute_capabilities (RTX only). Returns what the builder said about the engine. Raises RefusalError.
+    {input: [min, opt, max]}, compute_capabilities (RTX only). Returns what the builder said about the engine. Raises
+    RefusalError.
     """
     logger = make_logger(trt, journal)
     builder = trt.Builder(logger)

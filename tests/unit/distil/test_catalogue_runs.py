@@ -68,7 +68,11 @@ def student_of(stage: StudentStage, teacher: Any, data: DataBundle) -> Any:
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in ELSEWHERE])
 def test_a_recipe_of_the_catalogue_trains(name: str, tmp_path: Path) -> None:
-    recipe = validate(Recipe, tomllib.loads(RECIPES[name].replace("heads = 12", "heads = 4").replace("010 110 001", "01 10 11 00")), name)
+    recipe = validate(
+        Recipe,
+        tomllib.loads(RECIPES[name].replace("heads = 12", "heads = 4").replace("010 110 001", "01 10 11 00")),
+        name,
+    )
     teacher, student, data, more = pieces(name)
     panel = None
     if recipe.teacher.more:
