@@ -26,16 +26,38 @@ SETTINGS = {
 }
 
 
+class Convolutions(torch.nn.Module):
+    """Without batch norm, whose statistics would be those of a process's own piece."""
+
+    def __init__(self, width, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first = torch.nn.Conv2d(1, width, 3, padding=1)
+        self.second = torch.nn.Conv2d(width, width + 2, 3, stride=2)
+        self.head = torch.nn.Linear(width + 2, 4)
+
+    def forward(self, image):
+        return self.head(self.second(self.first(image).relu()).relu().mean((2, 3)))
+
+
+def parts(kind):
+    """Student, teacher and data: ragged text, or pictures; part of it unlabelled."""
+    from tests.unit.distil.toy import Pictures, Sentences, bundle, transformer
+
+    if kind == "text":
+        return transformer(2, 1, 8), transformer(4, 2), bundle(Sentences, transfer=25)
+    return Convolutions(3, 1), Convolutions(8, 2), bundle(Pictures, transfer=25)
+
+
 def train(folder, settings):
-    """Called in every process: ragged text, part of it unlabelled."""
+    """Called in every process."""
     from compressor.distil.loop import distil
     from compressor.distil.processes import is_main
     from compressor.recipe import DistilStage
-    from tests.unit.distil.toy import Sentences, bundle, transformer
 
-    student = transformer(2, 1, 8)
+    student, teacher, data = parts(settings.pop("parts"))
     result = distil(
-        student, transformer(4, 2), bundle(Sentences, transfer=25), DistilStage.model_validate(settings),
+        student, teacher, data, DistilStage.model_validate(settings),
         seed=3, work=folder / "work", bank=folder / "bank", teacher_digest="t", signals={},
     )  # fmt: skip
     if is_main():
@@ -57,11 +79,17 @@ def launch(folder, settings, processes):
     subprocess.run(command, cwd=ROOT, env=env, check=True)
 
 
-@pytest.mark.parametrize(("optimiser", "accumulate"), [("adamw", 1), ("sgd", 2)])
-def test_two_processes_give_the_curve_of_one(tmp_path, optimiser, accumulate):
+PICTURES = {"objective": [{"use": "kd"}], "learning_rate": 0.05}  # channels-last convolutions
+
+
+@pytest.mark.parametrize(
+    ("kind", "optimiser", "accumulate", "more"),
+    [("text", "adamw", 1, {}), ("text", "sgd", 2, {}), ("pictures", "sgd", 1, PICTURES)],
+)
+def test_two_processes_give_the_curve_of_one(tmp_path, kind, optimiser, accumulate, more):
     (tmp_path / "one").mkdir()
-    settings = SETTINGS | {"optimiser": optimiser}
-    train(tmp_path / "one", settings)
+    settings = SETTINGS | {"optimiser": optimiser, "parts": kind} | more
+    train(tmp_path / "one", dict(settings))
     launch(tmp_path / "two", settings | {"accumulate": accumulate}, 2)
     one, two = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("one", "two"))
     assert (tmp_path / "two" / "other.json").exists()  # the second process really took part
