@@ -38,7 +38,8 @@ def command(words: list[str], *, accept: tuple[int, ...] = (0,)) -> str:
 
 def run_recipe(section: str, work: Path, *words: str) -> Path:
     """One whole run; its report goes to the evidence folder, with a screenshot where there is a Chromium."""
-    text = command([*CLI, "run", *words, "--out", str(work / "runs"), "--json"], accept=(0, 3))
+    out = os.path.relpath(work / "runs", ROOT)  # reports quote the command: no path of this machine in them
+    text = command([*CLI, "run", *words, "--out", out, "--json"], accept=(0, 3))
     folder = Path(json.loads(text)["run"])
     folder = folder if folder.is_absolute() else ROOT / folder
     keep(section, folder)
