@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
 
+from compressor.errors import ConfigError
 from compressor.profile import HardwareProfile
 from compressor.types import Array, Artifact, Format, Measurement, Origin
 
@@ -89,6 +90,15 @@ class SelfTimed(Session, Protocol):
     def times_ns(self, inputs: Mapping[str, Array], count: int) -> Sequence[int]:
         """Run ``count`` times on the same inputs; how long each run took over there, in ns."""
         ...
+
+
+def option_problems(read: Callable[[HardwareProfile], object], profile: HardwareProfile) -> tuple[str, ...]:
+    """What ``read``, a back end's reader of a profile's ``[options]``, finds wrong with them; empty: nothing."""
+    try:
+        read(profile)
+    except ConfigError as error:
+        return tuple(f"options.{problem}" for problem in error.problems)
+    return ()
 
 
 class TargetBackend(abc.ABC):

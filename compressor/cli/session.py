@@ -11,9 +11,10 @@ from typing import Any
 from compressor.cli.devices import check_devices
 from compressor.cli.seeds import seed_problems
 from compressor.cli.teachers import bank_lines, offered, open_panel, reading_problems
+from compressor.cli.warnings import plan_warnings
 from compressor.config import validate
 from compressor.data.raw import RawData
-from compressor.data.types import DataBundle, labelled
+from compressor.data.types import DataBundle
 from compressor.distil.panel import Panel
 from compressor.errors import ConfigError, PlanError, Problem, ProblemList
 from compressor.models.types import LoadedModel
@@ -331,7 +332,7 @@ def _plan(
         "classes": str(len(model.labels)) if model.labels else "-",
     }
     sizes = {name: len(split) for name, split in data.splits.items()}
-    warnings = _warnings(recipe, model, data) + sparsity_notes(recipe, profiles)
+    warnings = plan_warnings(recipe, model, data) + sparsity_notes(recipe, profiles)
     return Plan(
         recipe,
         profiles,
@@ -358,54 +359,3 @@ def _variant_names(
 
     wanted, rejected = variants(stage, profile.quantization, describe(model.onnx))
     return tuple(item.name for item in wanted), rejected
-
-
-def _competing(stage: Any) -> bool:
-    return isinstance(stage, DistilStage) and any(item.use == "kd" for item in stage.objective)
-
-
-def _training_warnings(recipe: Recipe, model: LoadedModel) -> list[str]:
-    if model.module is None:
-        return []
-    from compressor.distil.fit import warnings
-    from compressor.distil.processes import launched
-
-    stages = [stage for stage in recipe.stage if isinstance(stage, DistilStage)]
-    return [text for stage in stages for text in warnings(stage, model.module, launched())]
-
-
-def _pass_notes(recipe: Recipe) -> list[str]:
-    """What objectives cost before the first step."""
-    from compressor.distil.changes import passes_of
-
-    names = [name for stage in recipe.stage if isinstance(stage, DistilStage) for name in passes_of(stage)]
-    return [f"`{name}` reads the training set once before the first step; cached outputs cost little" for name in names]
-
-
-def _warnings(recipe: Recipe, model: LoadedModel, data: DataBundle) -> tuple[str, ...]:
-    from compressor.distil.objectives.registry import describe
-    from compressor.distil.probes.smoothing import smoothing_warnings
-
-    found = list(model.provenance.notes) + list(data.notes)
-    if model.provenance.licence is None:
-        found.append("the teacher's licence is unknown; packages will say so (set `teacher.licence`)")
-    if model.task in TEXT2TEXT:
-        found.append(
-            "latency is of one pass over a source and its whole target, the dearest step of writing it; "
-            "`python infer.py --benchmark TEXT` times all of it"
-        )
-    if model.task in MULTI_LABEL and any(_competing(stage) for stage in recipe.stage):
-        found.append("`kd` makes the labels of a sample compete; the objective `multi-label` does not")
-    found += smoothing_warnings(recipe, lambda use: {name: value for name, _, value in describe(use).options})
-    found += [
-        f"{item.count} samples of {item.part} are nearly samples of {item.against}" for item in data.near if item.count
-    ]
-    if data.duplicates_dropped:
-        found.append(f"{data.duplicates_dropped} train samples that also stand in test were dropped")
-    found += _training_warnings(recipe, model)
-    found += _pass_notes(recipe)
-    if recipe.null_twin and not any(isinstance(stage, DistilStage) for stage in recipe.stage):
-        found.append("no null twin: nothing is trained in this recipe")
-    elif recipe.null_twin and not labelled(data):
-        found.append("no null twin: there are no labels that it could learn from")
-    return tuple(found)

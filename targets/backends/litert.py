@@ -18,11 +18,11 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from compressor.config import Frozen, validate
-from compressor.errors import CompileError, ConfigError, RunError, sdk_errors
+from compressor.errors import CompileError, RunError, sdk_errors
 from compressor.machine import detect, usable_cores
 from compressor.profile import HardwareProfile
 from compressor.types import Array, Artifact, Format, Origin
-from targets.base import Compiled, Missing, Ready, Session, TargetBackend
+from targets.base import Compiled, Missing, Ready, Session, TargetBackend, option_problems
 from targets.static_session import StaticSession
 
 INSTALL = "pip install 'compress-for-device[litert]'"
@@ -59,11 +59,7 @@ class LiteRt(TargetBackend):
 
     def check(self, artifact: Artifact, profile: HardwareProfile) -> tuple[str, ...]:  # noqa: ARG002
         """Wrong options of the profile; an operator without a TFLite form shows when compiling, which is as cheap."""
-        try:
-            options_of(profile)
-        except ConfigError as error:
-            return tuple(f"options.{problem}" for problem in error.problems)
-        return ()
+        return option_problems(options_of, profile)
 
     def compile(self, artifact: Artifact, profile: HardwareProfile, out: Path) -> Compiled:
         """Write ``.tflite`` with the profile's batch and ``options.max_sequence`` as fixed shapes."""

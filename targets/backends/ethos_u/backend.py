@@ -16,13 +16,13 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import ClassVar
 
-from compressor.errors import CompileError, ConfigError, RunError, sdk_errors
+from compressor.errors import CompileError, RunError, sdk_errors
 from compressor.profile import HardwareProfile
 from compressor.types import Artifact, Format, Origin
 from targets import toolchain
 from targets.backends.ethos_u.compiler import TOOLCHAIN, estimates, over_limits, run_vela, vela_version
 from targets.backends.ethos_u.options import options_of
-from targets.base import Compiled, Missing, OverLimit, Ready, Session, TargetBackend
+from targets.base import Compiled, Missing, OverLimit, Ready, Session, TargetBackend, option_problems
 from targets.static_session import StaticSession
 from targets.tflite.convert import Converted
 from targets.tflite.export import export_int8, float_operations
@@ -51,11 +51,7 @@ class EthosU(TargetBackend):
 
     def check(self, artifact: Artifact, profile: HardwareProfile) -> tuple[str, ...]:  # noqa: ARG002
         """Wrong options of the profile; what Vela cannot place shows in the compiled file."""
-        try:
-            options_of(profile)
-        except ConfigError as error:
-            return tuple(f"options.{problem}" for problem in error.problems)
-        return ()
+        return option_problems(options_of, profile)
 
     def compile(self, artifact: Artifact, profile: HardwareProfile, out: Path) -> Compiled:
         """Write ``.tflite`` and compile it to ``_vela.tflite``.

@@ -14,11 +14,11 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from compressor.config import Frozen, validate
-from compressor.errors import CompileError, ConfigError, RunError, sdk_errors
+from compressor.errors import CompileError, RunError, sdk_errors
 from compressor.machine import detect, usable_cores
 from compressor.profile import HardwareProfile
 from compressor.types import Array, Artifact, Format, Origin
-from targets.base import Compiled, Coverage, Missing, NodeFact, Ready, Session, TargetBackend
+from targets.base import Compiled, Coverage, Missing, NodeFact, Ready, Session, TargetBackend, option_problems
 from targets.isolation import Limits, call_worker
 from targets.static_graph import fixed_shapes
 from targets.static_session import StaticSession
@@ -62,11 +62,7 @@ class ExecuTorch(TargetBackend):
 
     def check(self, artifact: Artifact, profile: HardwareProfile) -> tuple[str, ...]:  # noqa: ARG002
         """Wrong options of the profile; an operator without a form in torch shows when compiling."""
-        try:
-            options_of(profile)
-        except ConfigError as error:
-            return tuple(f"options.{problem}" for problem in error.problems)
-        return ()
+        return option_problems(options_of, profile)
 
     def compile(self, artifact: Artifact, profile: HardwareProfile, out: Path) -> Compiled:
         """Write ``.pte`` with the profile's batch and ``options.max_sequence`` as fixed shapes."""

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from compressor.errors import CompileError, ConfigError, RunError, sdk_errors
+from compressor.errors import CompileError, RunError, sdk_errors
 from compressor.machine import detect
 from compressor.profile import HardwareProfile
 from compressor.types import Array, Artifact, Format, Origin, TensorSpec
 from targets.backends.openvino import graph
 from targets.backends.openvino.options import cpu_config, cpu_options
-from targets.base import Compiled, Missing, Ready, Session, TargetBackend
+from targets.base import Compiled, Missing, Ready, Session, TargetBackend, option_problems
 
 INSTALL = "pip install 'compress-for-device[openvino]'"
 
@@ -37,11 +37,7 @@ class OpenVino(TargetBackend):
 
     def check(self, artifact: Artifact, profile: HardwareProfile) -> tuple[str, ...]:  # noqa: ARG002
         """Wrong options of the profile; what OpenVINO cannot read shows when compiling."""
-        try:
-            cpu_options(profile)
-        except ConfigError as error:
-            return tuple(f"options.{problem}" for problem in error.problems)
-        return ()
+        return option_problems(cpu_options, profile)
 
     def compile(self, artifact: Artifact, profile: HardwareProfile, out: Path) -> Compiled:
         """Convert to IR (``.xml`` and ``.bin``) in ``out``; coverage is read from the plugin's execution graph."""

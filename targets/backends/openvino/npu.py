@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from compressor.errors import CompileError, ConfigError, RunError, sdk_errors
+from compressor.errors import CompileError, RunError, sdk_errors
 from compressor.profile import HardwareProfile
 from compressor.types import Array, Artifact, Format, Origin
 from targets.backends.openvino.cpu import INSTALL, version
 from targets.backends.openvino.options import npu_options
-from targets.base import Compiled, Missing, Ready, Session, TargetBackend
+from targets.base import Compiled, Missing, Ready, Session, TargetBackend, option_problems
 from targets.isolation import Limits, call_worker
 
 COMPILER = ("openvino_intel_npu_compiler", "openvino_intel_npu_compiler_loader")
@@ -64,11 +64,7 @@ class OpenVinoNpu(TargetBackend):
         return Ready("Intel NPU compiler of OpenVINO", {"openvino": version()}, runs=None, why_not=why)
 
     def check(self, artifact: Artifact, profile: HardwareProfile) -> tuple[str, ...]:  # noqa: ARG002
-        try:
-            npu_options(profile)
-        except ConfigError as error:
-            return tuple(f"options.{problem}" for problem in error.problems)
-        return ()
+        return option_problems(npu_options, profile)
 
     def compile(self, artifact: Artifact, profile: HardwareProfile, out: Path) -> Compiled:
         """Compile a ``.blob`` in a child process, with static shapes: the profile's batch, ``options.max_sequence``."""

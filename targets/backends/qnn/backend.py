@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from compressor.errors import CompileError, ConfigError, sdk_errors
+from compressor.errors import CompileError, sdk_errors
 from compressor.profile import HardwareProfile
 from compressor.types import Array, Artifact, Format, Origin
 from targets import toolchain
 from targets.backends.qnn.options import QnnOptions, options_of
-from targets.base import Compiled, Coverage, Missing, NodeFact, Ready, Session, TargetBackend
+from targets.base import Compiled, Coverage, Missing, NodeFact, Ready, Session, TargetBackend, option_problems
 from targets.coverage import FLOAT
 from targets.isolation import Limits
 from targets.static_graph import fixed_shapes, with_shapes
@@ -49,11 +49,7 @@ class Qnn(TargetBackend):
 
     def check(self, artifact: Artifact, profile: HardwareProfile) -> tuple[str, ...]:  # noqa: ARG002
         """Wrong options of the profile; what the compiler leaves to the CPU shows in the compiled file."""
-        try:
-            options_of(profile)
-        except ConfigError as error:
-            return tuple(f"options.{problem}" for problem in error.problems)
-        return ()
+        return option_problems(options_of, profile)
 
     def compile(self, artifact: Artifact, profile: HardwareProfile, out: Path) -> Compiled:
         """Write ``<name>_ctx.onnx`` and the binary beside it; float files become float16 on the processor."""

@@ -16,13 +16,13 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any, ClassVar
 
-from compressor.errors import CompileError, ConfigError, RunError
+from compressor.errors import CompileError, RunError
 from compressor.profile import HardwareProfile
 from compressor.types import Array, Artifact, Format, Measurement, Origin
 from targets import toolchain
 from targets.backends.tflite_micro.options import TfliteMicroOptions, options_of
 from targets.backends.tflite_micro.sources import unresolved, write_sources
-from targets.base import Compiled, Missing, OverLimit, Ready, Session, TargetBackend
+from targets.base import Compiled, Missing, OverLimit, Ready, Session, TargetBackend, option_problems
 from targets.isolation import Limits
 from targets.static_session import StaticSession
 from targets.tflite.export import export_int8, float_operations
@@ -53,10 +53,8 @@ class TfliteMicro(TargetBackend):
         return Ready("TFLM interpreter, reference kernels", versions, runs=Origin.SIMULATED)
 
     def check(self, artifact: Artifact, profile: HardwareProfile) -> tuple[str, ...]:  # noqa: ARG002
-        try:
-            options_of(profile)
-        except ConfigError as error:
-            return tuple(f"options.{problem}" for problem in error.problems)
+        if problems := option_problems(options_of, profile):
+            return problems
         if profile.runtime.batch != 1:
             return (f"runtime.batch is {profile.runtime.batch}: a microcontroller runs one sample at a time",)
         return ()

@@ -15,14 +15,14 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
-from compressor.errors import CompileError, ConfigError, RunError, TargetUnavailable, sdk_errors
+from compressor.errors import CompileError, RunError, TargetUnavailable, sdk_errors
 from compressor.machine import detect, usable_cores
 from compressor.profile import HardwareProfile
 from compressor.types import Array, Artifact, Format, Origin
 from targets import toolchain
 from targets.backends.web.options import options_of
 from targets.backends.web.server import Browser, Page, browse, find_browser
-from targets.base import Compiled, Missing, Ready, Session, TargetBackend
+from targets.base import Compiled, Missing, Ready, Session, TargetBackend, option_problems
 from targets.coverage import kernel_coverage, node_count
 
 TOOLCHAIN = "web"
@@ -51,11 +51,7 @@ class Web(TargetBackend):
 
     def check(self, artifact: Artifact, profile: HardwareProfile) -> tuple[str, ...]:  # noqa: ARG002
         """Wrong options of the profile; an operator without a WebAssembly kernel shows when the page loads it."""
-        try:
-            options_of(profile)
-        except ConfigError as error:
-            return tuple(f"options.{problem}" for problem in error.problems)
-        return ()
+        return option_problems(options_of, profile)
 
     def compile(self, artifact: Artifact, profile: HardwareProfile, out: Path) -> Compiled:
         """The ONNX file with the page and the runtime that load it; nothing is translated."""
