@@ -48,10 +48,9 @@ def _training_warnings(recipe: Recipe, model: LoadedModel) -> list[str]:
     if model.module is None:
         return []
     from compressor.distil.fit import warnings
-    from compressor.distil.processes import launched
 
     stages = [stage for stage in recipe.stage if isinstance(stage, DistilStage)]
-    return [text for stage in stages for text in warnings(stage, model.module, launched())]
+    return [text for stage in stages for text in warnings(stage, model.module)]
 
 
 def _pass_notes(recipe: Recipe) -> list[str]:

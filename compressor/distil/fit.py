@@ -199,13 +199,12 @@ def _name(stage: DistilStage, kind: type) -> str:
     return next(strategy.use for strategy in stage.strategy if isinstance(strategy, kind))
 
 
-def warnings(stage: DistilStage, module: nn.Module, processes: int) -> Sequence[str]:
+def warnings(stage: DistilStage, module: nn.Module) -> Sequence[str]:
     """What works, but not as one might think."""
-    from torch.nn.modules.batchnorm import _BatchNorm
+    from compressor.distil.norms import batch_norms
 
-    found = _pattern_warnings(stage, module)
-    pieces = stage.accumulate * processes
-    if pieces > 1 and any(isinstance(part, _BatchNorm) for part in module.modules()):
+    found, pieces = _pattern_warnings(stage, module), stage.accumulate  # processes share their statistics
+    if pieces > 1 and batch_norms(module):
         found += [f"batch normalisation sees pieces of {stage.batch // pieces} samples, not the batch of {stage.batch}"]
     return tuple(found)
 

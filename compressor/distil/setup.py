@@ -24,6 +24,7 @@ from compressor.distil.ensemble import PanelTap
 from compressor.distil.groups import GroupOrder, candidates
 from compressor.distil.masks import masking_of
 from compressor.distil.masks.base import Masking, NoMasking
+from compressor.distil.norms import SharedNorms
 from compressor.distil.objectives.base import Context, Pass, Surveys
 from compressor.distil.panel import Panel, panel_signals
 from compressor.distil.precision import Numerics
@@ -121,6 +122,8 @@ class Setup:
         thaw = optim.Thaw(self.student, self.config.unfreeze, self.config.unfreeze_by) if self.config.unfreeze else None
         if thaw is not None:
             stack.callback(thaw.release)
+        norms = SharedNorms(self.student, self.processes)
+        stack.enter_context(norms.installed())
         if self.config.checkpoint_activations:
             stack.enter_context(activations.checkpointed(self.student))
         projectors = nn.ModuleList(m for m in (item.objective.modules() for item in weighted) if m is not None)
@@ -161,6 +164,7 @@ class Setup:
             rollouts=self._rollouts(),
             masking=self.masking,
             hides="mask" in self.config.augment,
+            norms=norms,
         )
         constant = {"precision": numerics.dtype, "channels_last": numerics.channels_last}
         return parts, constant | chosen_data | mined | {"cached": decision.cached, "cache_bytes": decision.bytes}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compressor.distil.ensemble import Ensemble
 from compressor.distil.groups import grouped, pair_term
 from compressor.distil.masks.base import Masking, NoMasking
+from compressor.distil.norms import SharedNorms
 from compressor.distil.objectives.base import Batch, Signals, Step, Term
 from compressor.distil.objectives.masked import hidden_tokens
 from compressor.distil.objectives.multilabel import binary_label_term
@@ -55,6 +56,7 @@ class Parts:
     label_signal: str = "logits"  # of the student: what cross-entropy with the labels teaches
     masking: Masking = field(default_factory=NoMasking)
     hides: bool = False  # augmentation hides tokens, which an objective asks for
+    norms: SharedNorms | None = None  # batch statistics over several processes
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Gradients:
         self._trained = [*trained, *parts.masking.parameters()]
         self._buffers = [b for b in parts.student.buffers() if b.is_floating_point()]
         self._forecast = Forecast()
+        self._counted = 1.0  # share of this process's running statistics in those that all go on with
         self._whole = accumulate == 1 and parts.processes.count == 1
         labels = parts.data.labels
         self._known = (labels != UNLABELLED).reshape(len(labels), -1).any(-1)
@@ -148,8 +151,7 @@ class Gradients:
     def _cut(self, draw: Draw, view: int, step: Step, weights: Sequence[float]) -> Tensor:
         """This process's pieces; its part of the weighted terms of the whole batch."""
         processes = self.parts.processes
-        pieces = draw.pieces(self.accumulate * processes.count)
-        mine = [self._piece(d, view, step.index) for d in pieces[processes.rank :: processes.count]]
+        mine = [self._piece(d, view, step.index) for d in self._mine(draw)]
         if self.accumulate == 1:
             return self._once(mine[0] if mine else None, view, step, weights)
         facts = [_facts(piece) for piece in mine]
@@ -164,6 +166,19 @@ class Gradients:
             restore()
             values, _ = self._pass(mine, view, step, weights, true)
         return values
+
+    def _mine(self, draw: Draw) -> list[Draw]:
+        """This process's micro-batches. Batch statistics are shared only where every process has as many of them."""
+        processes, norms = self.parts.processes, self.parts.norms
+        pieces = draw.pieces(self.accumulate * processes.count)
+        if norms is not None and norms.layers:
+            norms.shared = len(pieces) == self.accumulate * processes.count
+            if not norms.shared:  # the last few samples of an epoch: the first process computes them alone
+                self._counted = float(processes.main)
+                return draw.pieces(self.accumulate) if processes.main else []
+        mine = pieces[processes.rank :: processes.count]
+        self._counted = bool(mine) / min(len(pieces), processes.count)
+        return mine
 
     def _once(self, piece: Piece | None, view: int, step: Step, weights: Sequence[float]) -> Tensor:
         """One piece a process: counts are added up between the forward and the backward pass."""
@@ -271,7 +286,7 @@ class Gradients:
         has = torch.tensor([float(p.grad is not None) for p in trained], device=device)
         extra = torch.tensor([float(forwards), float(due and processes.main)], device=device)
         grads = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in trained]
-        means = [buffer.reshape(-1) / processes.count for buffer in self._buffers]
+        means = [buffer.reshape(-1) * self._counted for buffer in self._buffers]
         message = processes.add(torch.cat([extra, values, has, *grads, *means]))
         head = len(extra) + len(values)
         at = head + len(has)

@@ -80,5 +80,5 @@ def test_a_stage_on_transfer_needs_transfer_data():
 
 def test_batch_norm_in_pieces_is_a_warning():
     stage = DistilStage(kind="distil", batch=64, accumulate=4)
-    assert "pieces of 16 samples" in warnings(stage, convnet(3, 5), 1)[0]
-    assert warnings(stage, transformer(2, 1), 1) == ()
+    assert "pieces of 16 samples" in warnings(stage, convnet(3, 5))[0]
+    assert warnings(stage, transformer(2, 1)) == ()

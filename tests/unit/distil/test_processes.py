@@ -27,12 +27,12 @@ SETTINGS = {
 
 
 class Convolutions(torch.nn.Module):
-    """Without batch norm, whose statistics would be those of a process's own piece."""
+    """With batch norm, whose statistics are those of all processes' pieces together."""
 
     def __init__(self, width, seed):
         super().__init__()
         torch.manual_seed(seed)
-        self.first = torch.nn.Conv2d(1, width, 3, padding=1)
+        self.first = torch.nn.Sequential(torch.nn.Conv2d(1, width, 3, padding=1), torch.nn.BatchNorm2d(width))
         self.second = torch.nn.Conv2d(width, width + 2, 3, stride=2)
         self.head = torch.nn.Linear(width + 2, 4)
 
