@@ -79,7 +79,7 @@ def _track(layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
         layer.running_var.lerp_(variance.to(layer.running_var.dtype), share or 0.0)
 
 
-class _Sum(torch.autograd.Function):
+class _Sum(torch.autograd.Function):  # type: ignore[misc]
     """Sum over the processes. Each one's loss reads the sum, so the gradients are summed as well."""
 
     @staticmethod
