@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -122,6 +123,13 @@ def profile_folders() -> tuple[Path, ...]:
 def profile_names() -> tuple[str, ...]:
     """Names of the built-in profiles."""
     return tuple(sorted({path.stem for folder in profile_folders() for path in folder.glob("*.toml")}))
+
+
+def expanded(names: Iterable[str]) -> tuple[str, ...]:
+    """``all`` stands for every built-in profile, this machine's own first: widths are chosen by the first one's costs."""
+    every = sorted(profile_names(), key=lambda name: (name != "this-machine", name))
+    found = (each for name in names for each in (every if name == "all" else (name,)))
+    return tuple(dict.fromkeys(found))
 
 
 def load_profile(name: str) -> HardwareProfile:

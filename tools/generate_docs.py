@@ -133,7 +133,9 @@ def profiles_page() -> str:
             f"| `{name}` | {item.title} | `{item.target}` | {processor} | {item.runtime.threads} "
             f"| {item.constraints.channel_multiple} | {', '.join(item.sparsity.faster) or 'none'} |"
         )
-    lines.append("\n`compress-for-device profiles show NAME` prints one with the source of each figure.")
+    lines.append(
+        "\n`compress-for-device profiles show NAME` prints one with the source of each figure; `--profile all` runs for all of them."
+    )
     return "\n".join(lines) + "\n"
 
 

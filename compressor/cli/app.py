@@ -32,7 +32,9 @@ Model = Annotated[
 Data = Annotated[
     str | None, typer.Option("--data", help="Folder, csv/json/parquet/npz file, hub id, or pkg.mod:loader.")
 ]
-Profiles = Annotated[list[str] | None, typer.Option("--profile", help="Device profile; may be given several times.")]
+Profiles = Annotated[
+    list[str] | None, typer.Option("--profile", help="Device profile, or `all`; may be given several times.")
+]
 MaxDrop = Annotated[
     str | None, typer.Option("--max-drop", help="Accepted loss of accuracy against the teacher, e.g. 1%.")
 ]

@@ -19,7 +19,7 @@ from compressor.distil.panel import Panel
 from compressor.errors import ConfigError, PlanError, Problem, ProblemList
 from compressor.models.types import LoadedModel
 from compressor.plan import Plan, TargetView, channel_multiple, profile_plan, recipe_problems, steps_of, task_problems
-from compressor.profile import HardwareProfile, load_profile
+from compressor.profile import HardwareProfile, expanded, load_profile
 from compressor.profit import sparsity_notes, sparsity_problems
 from compressor.recipe import DistilStage, PruneStage, Recipe, StudentStage, load_recipe
 from compressor.types import EMBEDDING, MULTI_LABEL, TEXT2TEXT
@@ -238,7 +238,7 @@ def _load_profiles(recipe: Recipe) -> tuple[HardwareProfile, ...]:
 
     profiles: list[HardwareProfile] = []
     problems: list[Problem] = []
-    for name in recipe.profiles:
+    for name in expanded(recipe.profiles):
         try:
             profile = load_profile(name)
         except ConfigError as error:

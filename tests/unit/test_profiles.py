@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from compressor.errors import ConfigError
-from compressor.profile import load_profile, profile_names
+from compressor.profile import expanded, load_profile, profile_names
 from targets import registry
 from tools.generate_schema import SCHEMA, schema_text
 
@@ -74,3 +74,10 @@ def test_unknown_profile_suggests_a_near_one():
 
 def test_schema_on_disk_is_fresh():
     assert SCHEMA.read_text(encoding="utf-8") == schema_text(), "run `python -m tools.generate_schema`"
+
+
+def test_all_is_every_profile_once_with_this_machine_first() -> None:
+    found = expanded(["numpy-reference", "all"])
+    assert found[:2] == ("numpy-reference", "this-machine")
+    assert sorted(found) == sorted(profile_names())
+    assert expanded(["pixel-8"]) == ("pixel-8",)
