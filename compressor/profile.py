@@ -126,7 +126,7 @@ def profile_names() -> tuple[str, ...]:
 
 
 def expanded(names: Iterable[str]) -> tuple[str, ...]:
-    """``all`` stands for every built-in profile, this machine's own first: widths are chosen by the first one's costs."""
+    """``all`` stands for every built-in profile, this machine's first: widths are chosen by the first one's costs."""
     every = sorted(profile_names(), key=lambda name: (name != "this-machine", name))
     found = (each for name in names for each in (every if name == "all" else (name,)))
     return tuple(dict.fromkeys(found))

@@ -134,7 +134,8 @@ def profiles_page() -> str:
             f"| {item.constraints.channel_multiple} | {', '.join(item.sparsity.faster) or 'none'} |"
         )
     lines.append(
-        "\n`compress-for-device profiles show NAME` prints one with the source of each figure; `--profile all` runs for all of them."
+        "\n`compress-for-device profiles show NAME` prints one with the source of each figure; "
+        "`--profile all` runs for all of them."
     )
     return "\n".join(lines) + "\n"
 
