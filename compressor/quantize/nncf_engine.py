@@ -32,19 +32,11 @@ def quantize_nncf(
 
     Raises :class:`StageError` when NNCF is missing or refuses the graph.
     """
-    nncf = _import()
+    nncf = import_nncf()
     names = {node.name for node in model.graph.node}
-    fed = {value.name for value in model.graph.input}
-
-    def items() -> Iterator[dict[str, Any]]:
-        for inputs in chunks(calibration, 1):
-            yield {name: array for name, array in inputs.items() if name in fed}
-
-    first = list(islice(items(), SUBSET))
-    if not first:
-        raise StageError("there is no calibration data", hint="Raise `data.calibration`, or give more samples.")
+    first = items(model, calibration)
     hint = "Leave `nncf` out of `engines`; ONNX Runtime's quantizer may take this graph."
-    with _silence(), sdk_errors(StageError, f"quantize with `{variant.name}`", hint=hint):
+    with silence(), sdk_errors(StageError, f"quantize with `{variant.name}`", hint=hint):
         ignored = nncf.IgnoredScope(names=sorted(set(skip) & names), validate=False)
         preset = nncf.QuantizationPreset
         result: ModelProto = nncf.quantize(
@@ -59,6 +51,16 @@ def quantize_nncf(
             advanced_parameters=_advanced(nncf, variant, rules),
         )
         return result
+
+
+def items(model: ModelProto, calibration: Calibration) -> list[dict[str, Any]]:
+    """At most ``SUBSET`` samples with the model's inputs. Raises :class:`StageError` when there are none."""
+    fed = {value.name for value in model.graph.input}
+    samples = ({name: array for name, array in one.items() if name in fed} for one in chunks(calibration, 1))
+    first = list(islice(samples, SUBSET))
+    if not first:
+        raise StageError("there is no calibration data", hint="Raise `data.calibration`, or give more samples.")
+    return first
 
 
 def _advanced(nncf: Any, variant: Variant, rules: QuantizationRules) -> Any:
@@ -94,10 +96,11 @@ def _advanced(nncf: Any, variant: Variant, rules: QuantizationRules) -> Any:
     )
 
 
-def _import() -> Any:
+def import_nncf() -> Any:
+    """The library, imported quietly. Raises :class:`StageError` when it is not installed."""
     os.environ.setdefault("NNCF_CI", "1")  # NNCF's own switch: no telemetry is set up at import
     try:
-        with _silence():
+        with silence():
             import nncf
     except ImportError as error:
         raise StageError("NNCF cannot be imported", hint=NNCF_HINT) from error
@@ -105,7 +108,7 @@ def _import() -> Any:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """NNCF draws progress bars on stdout and logs on its own handlers."""
     logger = logging.getLogger("nncf")
     level = logger.level

@@ -22,6 +22,7 @@ from compressor.quantize.adjust.equalise import equalise
 from compressor.quantize.checks.lint import lint
 from compressor.quantize.checks.saturation import saturation_facts
 from compressor.quantize.coverage import layer_facts
+from compressor.quantize.nncf_weights import compress_weights
 from compressor.quantize.prepare import prepare
 from compressor.quantize.variants import Variant
 from compressor.quantize.watch import Calibration, chunks
@@ -91,7 +92,7 @@ def _engine(
     keep_float: Mapping[str, str],
 ) -> _Made:
     if variant.kind == "weights":
-        return _weights_only(model, variant, keep_float)
+        return _weights_only(model, variant, calibration, keep_float)
     if variant.kind == "dynamic":
         return _Made(*ort.quantize_dynamic(model, variant, rules, keep_float))
     skip = ort.static_skips(model, variant) | dict(keep_float)
@@ -110,22 +111,33 @@ def _engine(
     return _Made(best.result, skip, best.facts, scheme)
 
 
-def _weights_only(model: ModelProto, variant: Variant, keep_float: Mapping[str, str]) -> _Made:
+def _weights_only(
+    model: ModelProto, variant: Variant, calibration: Calibration, keep_float: Mapping[str, str]
+) -> _Made:
     """Few-bit MatMul weights as one file. Bigger models than one file holds go through
     :func:`compressor.quantize.weights.quantize_weights` itself."""
-    with tempfile.TemporaryDirectory(prefix="weights-") as folder:
-        source, out = Path(folder) / "in.onnx", Path(folder) / "out.onnx"
-        save_model(model, source)
-        found = quantize_weights(source, out, bits=variant.bits, block=variant.group, skip=keep_float)
-        result = read_model(out)
-    skip = {fact.layer: fact.reason for fact in found if fact.action == "left-float"} | dict(keep_float)
     scheme = {
         "activation": "float32",
         "weight": f"int{variant.bits} asymmetric",
         "granularity": f"groups of {variant.group} input rows",
         "bias": "float32",
+        "method": variant.method,
+        "calibration": "none" if variant.method == "rtn" else "second moments of the layers' inputs",
     }
-    return _Made(result, skip, (), scheme)
+    if variant.engine == "nncf":
+        made = compress_weights(model, variant.bits, variant.group, variant.method, calibration, set(keep_float))
+        return _Made(made, keep_float, (), scheme)
+    with tempfile.TemporaryDirectory(prefix="weights-") as folder:
+        source, out = Path(folder) / "in.onnx", Path(folder) / "out.onnx"
+        save_model(model, source)
+        found = quantize_weights(
+            source, out, bits=variant.bits, block=variant.group, skip=keep_float, method=variant.method,
+            calibration=calibration,
+        )  # fmt: skip
+        result = read_model(out)
+    skip = {fact.layer: fact.reason for fact in found if fact.action == "left-float"} | dict(keep_float)
+    told = () if variant.method == "rtn" else tuple(fact for fact in found if fact.action == "quantized")
+    return _Made(result, skip, tuple(dataclasses.replace(fact, action=variant.method) for fact in told), scheme)
 
 
 def _refuse(problems: tuple[Problem, ...], variant: Variant) -> None:

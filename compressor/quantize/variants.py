@@ -9,8 +9,11 @@ from typing import Any, Literal
 
 from compressor.models.onnx_facts import ModelFacts
 from compressor.profile import QuantizationRules
+from compressor.quantize.weights.methods import Method
 from compressor.recipe import Correction, QuantizeStage
 
+AUTO_METHOD: dict[int, Method] = {8: "rtn", 4: "gptq"}  # docs/evidence/weight-only.md
+NNCF_METHODS = ("awq", "scale-estimation")  # of the data-aware ones its ONNX side knows these
 WEIGHTED_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 TRANSFORMER_OPERATORS = ("Gather", "Gemm", "MatMul")
 NNCF_HINT = "NNCF is not installed; `pip install nncf` (or `compress-for-device[train]`) adds it"
@@ -40,6 +43,7 @@ class Variant:
     corrections: tuple[Correction, ...] | Literal["auto"] = ()
     bits: Literal[4, 8] = 8  # of weights; with ``weights`` alone also 4
     group: int = 0  # input rows that share a scale (``weights`` alone)
+    method: Method = "rtn"  # which point of the grid a weight takes (``weights`` alone)
 
 
 def variants(
@@ -99,17 +103,24 @@ def _candidates(config: QuantizeStage, rules: QuantizationRules, facts: ModelFac
     ]
     if config.engines == ("nncf",):
         found.append(Variant(f"int8-{tag}-per-tensor-nncf", "nncf", "static", False, calibration=method, **given))
-    for name in config.weights:
-        bits: Literal[4, 8] = 4 if name == "int4" else 8
-        made = Variant(
-            f"{name}-weights-ort", "onnxruntime", "weights", True, ("MatMul",), bits=bits, group=config.group
-        )
-        found.append(made)
+    found += [variant for name in config.weights for variant in _weights(name, config)]
     return [
         Variant(f"int8-{tag}-per-channel-ort", "onnxruntime", "static", True, calibration=method, **given),
         Variant(f"int8-{tag}-per-tensor-ort", "onnxruntime", "static", False, calibration=method, **given),
         *found,
     ]
+
+
+def _weights(name: Literal["int8", "int4"], config: QuantizeStage) -> list[Variant]:
+    """The weight-only files of a precision. ``auto`` spends calibration data only where few bits need it."""
+    bits: Literal[4, 8] = 4 if name == "int4" else 8
+    method: Method = config.weight_method if config.weight_method != "auto" else AUTO_METHOD[bits]
+    tag = name + "-weights" + ("" if method == "rtn" else f"-{method}")
+    given: Any = {"operators": ("MatMul",), "bits": bits, "group": config.group, "method": method}
+    found = [Variant(f"{tag}-ort", "onnxruntime", "weights", **given)]
+    if config.weight_method in NNCF_METHODS and bits == 4:
+        found.append(Variant(f"{tag}-nncf", "nncf", "weights", **given))
+    return found
 
 
 def _operators(rules: QuantizationRules, facts: ModelFacts) -> tuple[str, ...] | None:
@@ -128,7 +139,8 @@ def _reason(variant: Variant, config: QuantizeStage, rules: QuantizationRules, f
     if variant.engine not in config.engines:
         return f"the recipe asks for {', '.join(config.engines)} only"
     if variant.kind == "weights":
-        return _weights_reason(rules, facts)
+        missing = variant.engine == "nncf" and not importlib.util.find_spec("nncf")
+        return NNCF_HINT if missing else _weights_reason(rules, facts)
     if config.schemes != "auto" and scheme not in config.schemes:
         return f"the recipe asks for {', '.join(config.schemes)} only"
     if variant.kind == "dynamic":
