@@ -74,8 +74,25 @@ def recipe_problems(recipe: Recipe, kind: str, objectives: Sequence[str]) -> lis
         problems.append(
             Problem("stage", "`quantize` must be the last stage: nothing can train or cut a quantized file")
         )
-    if positions.count(StudentStage) > 1:
+    students = [stage for stage in recipe.stage if isinstance(stage, StudentStage) and not stage.drops_only]
+    if len(students) > 1:
         problems.append(Problem("stage", "more than one `student` stage"))
+    return problems + _token_problems(recipe)
+
+
+def _token_problems(recipe: Recipe) -> list[Problem]:
+    """What cannot follow a stage that drops tokens: another one, and surgery that would have to look through it."""
+    problems: list[Problem] = []
+    dropped = False
+    for number, stage in enumerate(recipe.stage):
+        where = f"stage.{number}.{stage.kind}"
+        cuts = isinstance(stage, PruneStage) and stage.zeros is None
+        if dropped and (cuts or (isinstance(stage, DistilStage) and stage.cofi is not None)):
+            problems.append(Problem(where, "cuts the model: it must stand before the tokens are dropped"))
+        if isinstance(stage, StudentStage) and stage.drop_tokens:
+            if dropped:
+                problems.append(Problem(f"{where}.drop_tokens", "tokens are dropped already: say it in one stage"))
+            dropped = True
     return problems
 
 
@@ -153,7 +170,7 @@ def steps_of(recipe: Recipe, kind: str) -> tuple[str, ...]:
     for stage in recipe.stage:
         match stage:
             case StudentStage():
-                lines.append(f"student: {_settings(stage)}")
+                lines.append(f"student: {_settings(stage)}{_search(stage)}")
             case PruneStage():
                 lines.append(f"prune: {_settings(stage)}")
             case DistilStage():
@@ -189,11 +206,17 @@ def _masks(stage: DistilStage) -> str:
     """What the stage takes away while it trains."""
     if stage.masks is not None:
         return f"; zeros grow to {stage.masks.zeros.shown}"
+    if stage.supernet is not None:
+        return f"; {stage.supernet.size:,} sub-nets share the weights, the best within the budget is cut out"
     return "" if stage.cofi is None else f"; masks learn which {stage.cofi.target:.0%} of the weights go"
 
 
+def _search(stage: StudentStage) -> str:
+    return "" if stage.search is None else f"; {stage.search.shown}"
+
+
 def _settings(stage: StudentStage | PruneStage) -> str:
-    given = stage.model_dump(exclude={"kind"}, exclude_defaults=True)
+    given = stage.model_dump(exclude={"kind", "search"}, exclude_defaults=True)
     return ", ".join(f"{name} {value}" for name, value in given.items()) or "as it is"
 
 

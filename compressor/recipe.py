@@ -5,6 +5,7 @@ Data only: no Python path, import or expression ever stands in a recipe. ``docs/
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from compressor.config import Frozen, read_toml, validate
 from compressor.language import LoRA, Rollouts, Sequences
 from compressor.masks import CoFi, Masks, Pattern, SparseUpdate, Sparsity, Zeros, given_zeros
 from compressor.schedule import LabelWeight, Option, Weight
+from compressor.search import Argument, Search, SuperNet
 from compressor.strategy import Negatives, Strategy
 from compressor.types import Task
 
@@ -157,6 +159,13 @@ class ObjectiveConfig(Frozen):
     options: dict[str, Option] = {}  # of the objective; numbers may be schedules
 
 
+class TokenDrop(Frozen):
+    """After a block only so many tokens go on, the highest-scored ones."""
+
+    after: Annotated[int, Field(ge=0)]  # number of the block, from 0
+    keep: Annotated[int, Field(ge=1)]  # tokens that stay, the first one (CLS) among them; all of a shorter text
+
+
 class StudentStage(Frozen):
     """Make the student from the teacher: keep some layers, or build it narrower (factories with a width argument)."""
 
@@ -164,7 +173,11 @@ class StudentStage(Frozen):
     keep_layers: tuple[int, ...] | int | None = None  # indices, or how many (spread evenly)
     decoder_layers: tuple[int, ...] | int | None = None  # of encoder-decoder models; `keep_layers` is the encoder's
     hidden_size: Annotated[int, Field(ge=8)] | None = None  # transformers: narrower, weights sliced by importance
+    heads: Annotated[int, Field(ge=1)] | None = None  # of each attention at most, the most important
+    neurons: Annotated[int, Field(ge=1)] | None = None  # of each feed-forward layer at most, the most important
     width: Annotated[float, Field(gt=0, le=1)] | None = None  # CNN factories: all widths times this, new weights
+    factory: dict[str, Argument] = {}  # instead of the teacher's layers: what its factory makes with these arguments
+    search: Search | None = None  # choose the keys above from a space
     vocabulary: Literal["corpus"] | None = None  # texts: only the tokens of train, validation, calibration, transfer
     keep_tokens: Annotated[int, Field(ge=1)] | None = None  # of these at most so many, the most frequent
     extra_corpus: str | None = None  # a text file whose tokens stay too, a text a line
@@ -176,6 +189,32 @@ class StudentStage(Frozen):
     )
     ranks: dict[str, Annotated[int, Field(ge=1)]] = {}  # module name pattern -> rank; before `rank` and `rank_energy`
     rank_inputs: bool = False  # weigh by what the layers read on calibration data, instead of by the weights alone
+    drop_tokens: tuple[TokenDrop, ...] = ()  # transformers with one output a sample: `[{ after = 2, keep = 64 }, ...]`
+    token_score: Literal["attention", "norm"] | None = (
+        None  # what tokens are kept by; attention of CLS where it is known
+    )
+
+    @property
+    def drops_only(self) -> bool:
+        """Does the stage drop tokens and do nothing else?"""
+        return bool(self.drop_tokens) and self.model_fields_set <= {"kind", "drop_tokens", "token_score"}
+
+    @model_validator(mode="after")
+    def _chosen_or_given(self) -> StudentStage:
+        axes = self.search.space.axes if self.search is not None else {}
+        twice = [key for key in axes if key in self.model_fields_set or key.removeprefix("factory.") in self.factory]
+        if twice:
+            raise ValueError(f"`{twice[0]}` is given and searched for: leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _drops_in_order(self) -> StudentStage:
+        pairs = list(pairwise(self.drop_tokens))
+        if any(a.after >= b.after or a.keep <= b.keep for a, b in pairs):
+            raise ValueError("`drop_tokens`: later blocks must keep fewer tokens; give them in order")
+        if self.token_score is not None and not self.drop_tokens:
+            raise ValueError("`token_score` needs `drop_tokens`")
+        return self
 
     @model_validator(mode="after")
     def _goes_together(self) -> StudentStage:
@@ -266,15 +305,19 @@ class DistilStage(Frozen):
     lora: LoRA | None = None  # train low-rank additions to the weights only
     masks: Masks | None = None  # zeros that grow while it trains
     cofi: CoFi | None = None  # masks that learn which units go
+    supernet: SuperNet | None = None  # train all sub-nets of a space at once, keep the best
     sparse_update: SparseUpdate | None = None  # only a share of the weights changes
 
     @model_validator(mode="after")
     def _one_kind_of_masks(self) -> DistilStage:
-        given = [name for name in ("masks", "cofi", "sparse_update", "lora") if getattr(self, name) is not None]
+        kinds = ("masks", "cofi", "supernet", "sparse_update", "lora")
+        given = [name for name in kinds if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"`{given[0]}` and `{given[1]}` do not go together: give each a stage of its own")
         if self.cofi is not None and self.patience is not None:
             raise ValueError("`cofi` settles its masks at the end of the stage: leave `patience` out")
+        if self.supernet is not None and self.patience is not None:
+            raise ValueError("`supernet` chooses its sub-net at the end of the stage: leave `patience` out")
         return self
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from compressor.budgets import budgets_of, measured_here
 from compressor.cli.devices import check_devices
 from compressor.cli.output import stdout_json, table
 from compressor.errors import CompressError, TargetUnavailable
@@ -178,14 +179,15 @@ def _plain(figure: Figure) -> dict[str, Any]:
 
 
 def layer_cost(recipe: Recipe, profile: HardwareProfile) -> tuple[str, Callable[[Any], float]] | None:
-    """Measured latency of layers where a profile is this machine's CPU, for pruning by latency; else None."""
+    """Measured latency of layers where a profile is this machine's CPU, for cuts and searches by latency; else None."""
     from targets.layer_cost import LayerCost
 
     wanted = any(
         isinstance(stage, PruneStage) and stage.target_speedup is not None and stage.cost == "auto"
         for stage in recipe.stage
     )
-    if not wanted or profile.here != "this-machine" or profile.target != "onnxruntime-cpu":
+    wanted = wanted or any(budget.latency_ms is not None for _, budget in budgets_of(recipe))
+    if not wanted or not measured_here(profile):
         return None
     threads = profile.runtime.threads
     return f"ONNX Runtime, {profile.name}, {threads} threads", LayerCost(threads)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from compressor.budgets import search_problems
 from compressor.cli.devices import check_devices
 from compressor.cli.seeds import seed_problems
 from compressor.cli.teachers import bank_lines, offered, open_panel, reading_problems
@@ -179,7 +180,7 @@ def open_session(request: Request) -> Session:
     )
     recipe = default_stages(recipe, model)
     problems = recipe_problems(recipe, model.kind, _objective_names())
-    problems += sparsity_problems(recipe, profiles)
+    problems += sparsity_problems(recipe, profiles) + search_problems(recipe, profiles[0])
     problems += task_problems(recipe, model.task, _positions(model))
     data: DataBundle | None = None
     panel: Panel | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +23,7 @@ Sample = Array | Mapping[str, Array]  # one raw sample: a picture (H, W[, C]) ui
 def build(factory: str) -> nn.Module:
     """Import and call the factory; it must return an ``nn.Module``, which is put into evaluation mode."""
     try:
-        from torch import nn
+        import torch  # noqa: F401
     except ImportError as error:
         raise ConfigError.single(
             f"`{factory}`", "factory", "needs torch", hint="pip install 'compress-for-device[train]'"
@@ -43,8 +43,43 @@ def build(factory: str) -> nn.Module:
             f"must be callable without arguments but wants {', '.join(required)}",
             hint="Give them defaults.",
         )
+    return _called(made, factory, {})
+
+
+FACTORY = "_made_by"  # attribute of a factory's module: what made it, so that a record can ask for another one
+
+
+def parameters_of(module: nn.Module) -> tuple[str, ...] | None:
+    """Keyword parameters of the factory that made ``module``; None where no factory did, ``*`` where it takes any."""
+    made = getattr(module, FACTORY, None)
+    if made is None:
+        return None
+    found = inspect.signature(made).parameters.values()
+    names = [item.name for item in found if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)]
+    return (*names, *("*" for item in found if item.kind is item.VAR_KEYWORD))
+
+
+def remake(module: nn.Module, arguments: Mapping[str, Any], seed: int = 0) -> nn.Module:
+    """What the factory of ``module`` makes with ``arguments``, in evaluation mode; random weights come from ``seed``.
+
+    Raises:
+        ConfigError: no factory made the module, or it fails with these arguments.
+    """
+    import torch
+
+    made = getattr(module, FACTORY, None)
+    if made is None:
+        raise ConfigError.single("the model", "factory", "was not made by a factory (`--model pkg.mod:factory`)")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _called(made, getattr(made, "__name__", "factory"), arguments)
+
+
+def _called(made: Callable[..., Any], factory: str, arguments: Mapping[str, Any]) -> nn.Module:
+    from torch import nn
+
     try:
-        module = made()
+        module = made(**arguments)
     except Exception as error:
         raise ConfigError.single(
             f"`{factory}`", "factory", f"failed: {type(error).__name__}: {error}", hint="Mend the factory."
@@ -56,6 +91,7 @@ def build(factory: str) -> nn.Module:
             f"returned a {type(module).__name__}, not a torch.nn.Module",
             hint="Return the module itself.",
         )
+    setattr(module, FACTORY, made)
     return module.eval()
 
 

@@ -8,6 +8,7 @@ Steps:
 
 - ``{"op": "cut", "tensor": "conv1.weight", "axis": 0, "keep": [[0, 5], [7, 9]]}``: keep these ranges (end excluded);
 - ``{"op": "drop", "container": "encoder.layer", "keep": [0, 2, 4]}``: keep these elements of a module list;
+- ``{"op": "factory", "arguments": {"width": 8}}``: what the teacher's factory makes with these; the first step only;
 - ``{"op": "set", "module": "attention", "attribute": "num_heads", "value": 3}``: a number that the code reads;
 - ``{"op": "head", "module": "head", "kind": "subclass", "subclasses": 5}``: another head, see
   :mod:`compressor.models.heads`;
@@ -17,7 +18,9 @@ Steps:
   :mod:`compressor.models.lowrank`;
 - ``{"op": "silence", "module": "layer.1.output.dense"}``: a sublayer went, see :mod:`compressor.models.silent`;
 - ``{"op": "mask", "tensor": "conv1.weight", "pattern": "2:4"}``: zeros that stay zero, see
-  :mod:`compressor.models.sparse`.
+  :mod:`compressor.models.sparse`;
+- ``{"op": "tokens", "score": "attention", "drops": [{"block": "encoder.layer.2", "keep": 64}], "readers": {}}``: tokens
+  that go no further, see :mod:`compressor.models.tokens`.
 """
 
 from __future__ import annotations
@@ -44,9 +47,16 @@ WEIGHTS_FILE = "student.safetensors"
 def replay(module: nn.Module, record: Record) -> nn.Module:
     """A deep copy of ``module`` with every step of ``record`` applied; weights are those of the kept parts.
 
+    A record that begins with another call of the teacher's factory goes on from what that makes.
+
     Raises :class:`StageError` when a step does not fit the module (the record belongs to another teacher).
     """
-    student = copy.deepcopy(module)
+    if record and record[0]["op"] == "factory":
+        from compressor.models.factory import remake
+
+        student, record = remake(module, record[0]["arguments"]), record[1:]
+    else:
+        student = copy.deepcopy(module)
     apply(student, record)
     return student
 
@@ -66,7 +76,7 @@ def apply(module: nn.Module, record: Record) -> None:
                 heads.replace_head(module, step)
             elif step["op"] == "exits":
                 heads.add_exits(module, step)
-            elif step["op"] in ("ids", "factorise", "silence", "mask"):
+            elif step["op"] in ("ids", "factorise", "silence", "mask", "tokens"):
                 _replace(module, step)
             else:
                 raise ValueError(f"unknown step `{step['op']}`")
@@ -81,9 +91,12 @@ def apply(module: nn.Module, record: Record) -> None:
 
 def _replace(module: nn.Module, step: Mapping[str, Any]) -> None:
     """Steps whose parts live in modules that import this one."""
+    from compressor.models.fakequant import change, scheme_of
     from compressor.models.lowrank import factorise
+    from compressor.models.placement import fold
     from compressor.models.silent import silence
     from compressor.models.sparse import add_mask
+    from compressor.models.tokens import add_drops
     from compressor.models.vocabulary import drop_maps
 
     if step["op"] == "ids":
@@ -92,6 +105,12 @@ def _replace(module: nn.Module, step: Mapping[str, Any]) -> None:
         silence(module, step["module"])
     elif step["op"] == "mask":
         add_mask(module, step["tensor"])
+    elif step["op"] == "fold":
+        fold(module, step["module"], step["norm"])
+    elif step["op"] == "round":
+        change(module, step["module"], scheme_of(step))
+    elif step["op"] == "tokens":
+        add_drops(module, step)
     else:
         factorise(module, step["module"], int(step["rank"]))
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from compressor.errors import Problem, StageError
+from compressor.models.shapes import LayerShape, axis_of, layer_shapes
 from compressor.models.structure.groups import Floats, Group, Scores, owner
 from compressor.recipe import PruneStage
 
@@ -23,21 +23,6 @@ if TYPE_CHECKING:
 
 STEPS = 16  # steps per group at most: the table stays small, and a step is worth a measurement
 FLOOR = 0.1  # of a group's units always stay, as for the scope `global`
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """A layer as its kernel sees it: ``size`` is the output's (height, width), or (positions,) of a linear layer."""
-
-    outputs: int
-    inputs: int  # of one group of channels
-    kernel: tuple[int, ...]  # () for a linear layer
-    groups: int
-    size: tuple[int, ...]
-
-    @property
-    def macs(self) -> int:
-        return self.outputs * self.inputs * math.prod(self.kernel) * math.prod(self.size)
 
 
 Cost = Callable[[LayerShape], float]
@@ -63,7 +48,7 @@ class CostTable:
             for key, index in group.index.items():
                 name = owner(key.tensor)
                 if name in self._whole and key.tensor.endswith(".weight"):
-                    axis = _axis_of(module.get_submodule(name), key.axis)
+                    axis = axis_of(module.get_submodule(name), key.axis)
                     self._axes.setdefault(name, []).append((group, axis, int(index.shape[1])))
         self.fixed = sum(self._price(shape) for name, shape in self._whole.items() if name not in self._axes)
         self._layers = {
@@ -95,48 +80,6 @@ class CostTable:
         if shape not in self._known:
             self._known[shape] = self._cost(shape)
         return self._known[shape]
-
-
-def _axis_of(layer: nn.Module, axis: int) -> int:
-    """0 for outputs, 1 for inputs, whichever way the layer keeps its weight."""
-    turned = bool(getattr(layer, "transposed", False)) or (hasattr(layer, "nx") and hasattr(layer, "nf"))
-    return 1 - axis if turned else axis
-
-
-def layer_shapes(module: nn.Module, example: Mapping[str, Tensor]) -> dict[str, LayerShape]:
-    """Shapes of all linear and convolution layers that one sample runs through, by name."""
-    from torch import nn
-
-    from compressor.models.structure.trace import evaluating, few_samples, run
-
-    found: dict[str, LayerShape] = {}
-
-    def watch(name: str, layer: Any) -> Any:
-        def hook(_: Any, __: Any, output: Tensor) -> None:
-            rows, columns = (int(layer.weight.shape[_axis_of(layer, axis)]) for axis in (0, 1))
-            convolution = isinstance(layer, nn.modules.conv._ConvNd)
-            size = tuple(output.shape[2:]) if convolution else (output.numel() // output.shape[-1],)
-            groups = int(layer.groups) if convolution else 1
-            found[name] = LayerShape(rows, columns, tuple(layer.weight.shape[2:]), groups, tuple(map(int, size)))
-
-        return layer.register_forward_hook(hook)
-
-    layers = [(name, part) for name, part in module.named_modules() if _is_layer(part)]
-    handles = [watch(name, part) for name, part in layers]
-    try:
-        with evaluating(module):
-            run(module, few_samples(example, 1))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def _is_layer(part: nn.Module) -> bool:
-    from torch import nn
-
-    linear = isinstance(part, nn.Linear) or (hasattr(part, "nx") and hasattr(part, "nf"))
-    return linear or isinstance(part, nn.modules.conv._ConvNd)
 
 
 Loss = Callable[[Group, Floats, int, int], float]

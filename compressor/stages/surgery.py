@@ -21,7 +21,7 @@ def surgery(run: Run, line: Line, stage: StudentStage | PruneStage) -> Line:
         "calibration": run.data.digests["calibration"],
         "round_to": _multiple(run, stage),
         "seed": run.recipe.seed,
-        **({"cost": run.cost_name} if isinstance(stage, PruneStage) and stage.target_speedup is not None else {}),
+        **({"cost": run.cost_name} if _measures(stage) else {}),
         "code": code_digest(
             "prune",
             "students",
@@ -31,13 +31,24 @@ def surgery(run: Run, line: Line, stage: StudentStage | PruneStage) -> Line:
             "models/vocabulary",
             "models/lowrank",
             "models/patterns",
+            "models/shapes",
+            "models/signals",
             "models/sparse",
+            "models/tokens",
             "masks",
+            "search",
         ),
     }
     result = run.ledger.stage(stage.kind, key, lambda folder: _cut(run, line, stage, folder))
     record = json.loads((result.folder / "record.json").read_text())
     return Line(line.role, result.key, run.stored_module(result.folder), record)
+
+
+def _measures(stage: StudentStage | PruneStage) -> bool:
+    """Does the stage ask what layers cost?"""
+    if isinstance(stage, PruneStage):
+        return stage.target_speedup is not None
+    return stage.search is not None and stage.search.budget.latency_ms is not None
 
 
 def _multiple(run: Run, stage: StudentStage | PruneStage) -> int:
@@ -46,6 +57,7 @@ def _multiple(run: Run, stage: StudentStage | PruneStage) -> int:
 
 
 def _cut(run: Run, line: Line, stage: StudentStage | PruneStage, folder: Path) -> StageOutput:
+    from compressor.models.cost import count_macs
     from compressor.models.rebuild import save_student
 
     module, example = line.load(), run.tensors(run.samples("calibration", 2))
@@ -78,18 +90,22 @@ def _cut(run: Run, line: Line, stage: StudentStage | PruneStage, folder: Path) -
             }
             made, record, facts = done.module, done.record, done.facts
         case StudentStage():
+            from compressor.stages.searching import settled
             from compressor.students import make_student
 
+            found = settled(run, module, stage, example, folder)
             student = make_student(
                 module,
-                stage,
+                found.stage,
                 example,
                 seed=run.recipe.seed,
                 calibration=run.calibration_tensors(256),
                 round_to=_multiple(run, stage),
             )
-            made, record, facts = student.module, student.record, student.facts
-            metrics = {"parameters_after": sum(p.numel() for p in made.parameters())}
+            made, record, facts = student.module, student.record, (*found.facts, *student.facts)
+            metrics = {**found.metrics, "parameters_after": student.parameters_after}
+            if stage.drop_tokens:
+                metrics |= {"macs_before": count_macs(module, example), "macs_after": count_macs(made, example)}
     save_student(folder, made, [*line.record, *record])
     return StageOutput(metrics, facts)
 

@@ -1,5 +1,5 @@
 """Students made from their teacher: fewer layers, a narrower hidden width, a smaller vocabulary, layers of low rank,
-or the same network narrower and untrained.
+fewer tokens, or the same network narrower and untrained.
 
 Copying every second layer is what DistilBERT did (layers 0, 2, 4, 7, 9, 11 of 12; methods F2) and a robust start for
 any transformer (methods N3); slicing the hidden width by activation is Minitron's (methods U1).
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.errors import PlanError, Problem
 from compressor.recipe import StudentStage
-from compressor.students import depth, lowrank
+from compressor.students import depth, factory, lowrank, tokens, units
 from compressor.types import LayerFact
 
 if TYPE_CHECKING:
@@ -38,12 +38,30 @@ class Made:
 
 def check(module: nn.Module, example: Batch, config: StudentStage) -> list[Problem]:
     """Everything that keeps ``config`` from being carried out on ``module``; empty when it can be."""
+    if config.search is not None:
+        from compressor.students import search
+
+        return search.problems_of(module, example, config, candidate)
+    if config.factory:
+        problems = factory.problems_of(module, example, config.factory)
+        return problems or checks_of(factory.remade(module, config.factory, 0)[0], example, config)
+    return checks_of(module, example, config)
+
+
+def checks_of(
+    module: nn.Module, example: Batch, config: StudentStage, groups: Sequence[Group] | None = None
+) -> list[Problem]:
+    """:func:`check` of all keys but ``factory`` and ``search``; ``groups`` are the module's, where they are known."""
     from compressor.models.structure.units import find_groups
 
     problems = depth.problems_of(module, example, config) + lowrank.problems_of(module, config)
-    if config.hidden_size is None and config.width is None:
+    if config.drop_tokens and not problems:  # numbers of blocks are those of the student
+        kept = module if config.keep_layers is None else depth.keep_layers(module, example, config)[0]
+        problems += tokens.problems_of(kept, example, config)
+    if config.hidden_size is None and config.width is None and not units.wanted(config):
         return problems
-    groups = find_groups(module, example)
+    groups = find_groups(module, example) if groups is None else groups
+    problems += units.problems_of(module, groups, config)
     if config.hidden_size is not None:
         problems += _hidden_problems(groups, config.hidden_size)
     if config.width is not None and not _scalable(groups):
@@ -74,20 +92,51 @@ def make_student(
     problems = check(module, example, config)
     if problems:
         raise PlanError("the student stage", problems)
+    if config.search is not None:
+        raise PlanError.single("search", "settle it first: `compressor.students.search.choose` gives the stage")
     batches = calibration if calibration is None or not hasattr(calibration, "__next__") else list(calibration)
+    student, record, facts = _made(module, config, example, seed, batches)
+    steps, rows = lowrank.factorise_layers(student, config, round_to, batches)
+    record, facts = record + steps, facts + rows
+    steps, rows = tokens.drop_tokens(student, example, config)
+    record, facts = record + steps, facts + rows
+    return Made(student.eval(), record, tuple(facts), count_parameters(module), count_parameters(student))
+
+
+def candidate(module: nn.Module, config: StudentStage, example: Batch) -> nn.Module:
+    """The student that a search looks at: as :func:`make_student` makes it, but unchecked and other units may stay.
+
+    Raises:
+        CompressError: the keys do not fit together.
+    """
+    student = _made(module, config, example, 0, None)[0]
+    lowrank.factorise_layers(student, config, 1, None)
+    tokens.drop_tokens(student, example, config)
+    return student.eval()
+
+
+def _made(
+    module: nn.Module, config: StudentStage, example: Batch, seed: int, batches: Iterable[Batch] | None
+) -> tuple[nn.Module, list[dict[str, Any]], list[LayerFact]]:
+    """Everything that makes another network; what changes layers in place comes after."""
+    start: list[dict[str, Any]] = []
+    told: list[LayerFact] = []
+    if config.factory:
+        module, start, told = factory.remade(module, config.factory, seed)
     student, record, facts = depth.keep_layers(module, example, config)
+    record, facts = start + record, told + facts
     if config.vocabulary is not None:
         steps, rows = _fewer_tokens(student)
         record, facts = record + steps, facts + rows
+    student, steps, rows = units.fewer_units(student, config, example, batches)
+    record, facts = record + steps, facts + rows
     if config.hidden_size is not None:
         student, steps, rows = _narrow(student, config.hidden_size, example, batches)
         record, facts = record + steps, facts + rows
     if config.width is not None:
         student, steps, rows = _scale(student, config.width, example, seed)
         record, facts = record + steps, facts + rows
-    steps, rows = lowrank.factorise_layers(student, config, round_to, batches)
-    record, facts = record + steps, facts + rows
-    return Made(student.eval(), record, tuple(facts), count_parameters(module), count_parameters(student))
+    return student, record, facts
 
 
 def _fewer_tokens(student: nn.Module) -> tuple[list[dict[str, Any]], list[LayerFact]]:
@@ -116,15 +165,10 @@ def _fewer_tokens(student: nn.Module) -> tuple[list[dict[str, Any]], list[LayerF
     ]
 
 
-def _hidden_groups(groups: Sequence[Group]) -> list[Group]:
-    """Groups of the model's hidden width: those that a layer norm spans, the widest of them."""
-    hidden = [group for group in groups if group.soft]
-    widest = max((group.units for group in hidden), default=0)
-    return [group for group in hidden if group.units == widest]
-
-
 def _hidden_problems(groups: Sequence[Group], size: int) -> list[Problem]:
-    hidden = _hidden_groups(groups)
+    from compressor.models.structure.sizes import hidden_groups
+
+    hidden = hidden_groups(groups)
     if not hidden:
         return [Problem("hidden_size", "matches nothing: no width of the model is normalised by a layer norm")]
     fixed = sorted({reason for group in hidden for reason in group.hard})
@@ -142,9 +186,10 @@ def _narrow(
 
     from compressor.models.structure.groups import Cut, Method
     from compressor.models.structure.scores import score
+    from compressor.models.structure.sizes import hidden_groups
     from compressor.models.structure.units import find_groups
 
-    groups = _hidden_groups(find_groups(student, example))
+    groups = hidden_groups(find_groups(student, example))
     method: Method = "activation" if calibration is not None else "magnitude"
     scores = score(student, groups, method, calibration or ())
     cuts = [
@@ -191,14 +236,7 @@ def _cut(
     from compressor.models.structure.surgery import commit
 
     made = commit(student, cuts, example, exact=False)
-    facts = []
-    for cut in cuts:
-        refusal = made.refused.get(cut.group.name)
-        units = cut.group.units if refusal else len(cut.keep)
-        before, after = (f"{count * cut.group.width} {cut.group.kind}" for count in (cut.group.units, units))
-        action = "kept" if before == after else "narrowed"
-        facts += [LayerFact(STAGE, name, action, before, after, refusal or reason) for name in cut.group.modules]
-    return made.module, made.record, facts
+    return made.module, made.record, units.rows_of(cuts, made.refused, reason)
 
 
-__all__ = ["Made", "check", "make_student"]
+__all__ = ["Made", "candidate", "check", "checks_of", "make_student"]
