@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from compressor.cli.delta import delta_app
 from compressor.cli.toolchain import toolchain_app
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ profiles_app = typer.Typer(help="Hardware profiles: list them, show one.", no_ar
 methods_app = typer.Typer(help="Distillation objectives: list them, show one.", no_args_is_help=True)
 app.add_typer(profiles_app, name="profiles")
 app.add_typer(methods_app, name="methods")
+app.add_typer(delta_app, name="delta")
 app.add_typer(toolchain_app, name="toolchain")
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from compressor import delta_file
 from compressor.errors import CompileError, ConfigError, RunError, sdk_errors
 from compressor.types import EMBEDDING, MULTI_LABEL, TEXT2TEXT, Array, write_atomic
 from targets.outcome import ProfileOutcome, Row, RunSummary
@@ -39,7 +40,16 @@ _FORMATS: Mapping[str, Literal["onnx", "ort", "tensorrt-engine", "other"]] = {
     ".engine": "tensorrt-engine",
     ".plan": "tensorrt-engine",
 }
-_RESERVED = {"manifest.json", "SHA256SUMS", "infer.py", "README.md", "NOTICE", "sbom.cdx.json", "samples.npz"}
+_RESERVED = {
+    "manifest.json",
+    "SHA256SUMS",
+    "infer.py",
+    "delta.py",
+    "README.md",
+    "NOTICE",
+    "sbom.cdx.json",
+    "samples.npz",
+}
 
 
 def write_package(
@@ -96,6 +106,7 @@ def _fill(
         outputs = _answers(folder / model.portable, info, runtime)
         write_atomic(folder / "samples.npz", pack_samples(info.samples, info.raw, outputs))
     write_atomic(folder / "infer.py", Path(infer.__file__).read_bytes())
+    write_atomic(folder / "delta.py", Path(delta_file.__file__).read_bytes())
     manifest = Manifest(
         name=summary.name,
         profile=outcome.profile,

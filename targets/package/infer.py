@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import bisect
 import hashlib
+import importlib.util
 import json
 import re
 import struct
@@ -537,8 +538,8 @@ def decoder_input(ids: list[int], manifest: dict[str, Any]) -> dict[str, Array]:
 # ---------------------------------------------------------------------------------------------------- the package
 
 
-def open_session(path: Path, runtime: dict[str, Any]) -> Any:
-    """An ONNX Runtime session on the CPU with these threads, graph level and arena."""
+def open_session(model: Path | bytes, runtime: dict[str, Any]) -> Any:
+    """An ONNX Runtime session on the CPU with these threads, graph level and arena; of a file or of its content."""
     try:
         import onnxruntime
     except ImportError:
@@ -552,14 +553,29 @@ def open_session(path: Path, runtime: dict[str, Any]) -> Any:
     options.graph_optimization_level = getattr(
         onnxruntime.GraphOptimizationLevel, f"ORT_{level.get(runtime['graph_level'], 'ENABLE_ALL')}"
     )
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    given = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+
+
+def load_delta(path: Path, folder: Path) -> tuple[Any, Any]:
+    """The delta.py of a package, and the update it reads."""
+    found = importlib.util.spec_from_file_location("package_delta", folder / "delta.py")
+    if found is None or found.loader is None or not (folder / "delta.py").is_file():
+        raise RefusalError("delta.py is missing from this package, so that it cannot be updated")
+    module = sys.modules[found.name] = importlib.util.module_from_spec(found)  # its dataclasses look themselves up
+    found.loader.exec_module(module)
+    try:
+        return module, module.read_delta(path)
+    except module.DeltaError as error:
+        raise RefusalError(str(error)) from error
 
 
 class Package:
     """The files beside this one."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, delta: Path | None = None) -> None:
         self.folder = folder
+        self.delta = load_delta(delta, folder) if delta is not None else None
         try:
             self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -584,7 +600,21 @@ class Package:
                     f"`--portable` runs {model['portable']} with ONNX Runtime instead: same task, other speed"
                 )
             name = model["portable"]
-        return open_session(self.folder / name, {**runtime, "threads": threads or runtime["threads"]})
+        content: Path | bytes = self.folder / name
+        if self.delta is not None:
+            content = self.updated(self.folder / model["portable"], model["portable"] if portable else name)
+        return open_session(content, {**runtime, "threads": threads or runtime["threads"]})
+
+    def updated(self, portable: Path, name: str) -> bytes:
+        """The model with the delta applied, in memory: the package's files stay as they are."""
+        if portable.name != name:
+            raise RefusalError(f"a delta updates {portable.name}, not {name}; give `--portable`")
+        module, delta = self.delta  # type: ignore[misc]
+        try:
+            made: bytes = module.apply(portable.read_bytes(), delta, portable.name)
+        except module.DeltaError as error:
+            raise RefusalError(str(error)) from error
+        return made
 
     def encoded(self, text: str, second: str | None = None) -> tuple[list[int], list[int]]:
         """Token and type ids of a text or a pair."""
@@ -707,6 +737,10 @@ class Package:
                 for key in found.files:
                     index, part, name = key.split(".", 2)
                     samples.setdefault(int(index), {}).setdefault(part, {})[name] = found[key]
+        if self.delta is not None:  # the updated model answers otherwise; a delta made from a package says how
+            answers = self.delta[1].answers
+            for index, sample in samples.items():
+                sample["output"] = answers[index] if index < len(answers) else {}
         return [samples[index] for index in sorted(samples)]
 
 
@@ -857,6 +891,8 @@ def self_check(package: Package, options: argparse.Namespace) -> int:
                 worst = max(worst, difference)
                 if not difference <= tolerance:
                     problems.append(f"sample {index}, {name}: differs by {difference:.3g}, accepted {tolerance:g}")
+    if package.delta is not None and not any(sample["output"] for sample in samples):
+        print("this delta brings no answers (it was not made from a package): only files were checked", file=sys.stderr)
     result = {"passed": not problems, "samples": len(samples), "worst": worst, "tolerance": tolerance}
     if options.json:
         print(json.dumps({**result, "problems": problems}))
@@ -957,6 +993,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--portable", action="store_true", help="run the portable ONNX file beside a device's own format"
     )
+    parser.add_argument("--delta", type=Path, help="an update of the model's weights, applied in memory")
     parser.add_argument("--out", help="write the bare outputs of all inputs to this .npz")
     options = parser.parse_args(arguments)
     if not (options.input or options.self_check or options.benchmark):
@@ -967,7 +1004,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None, folder: Path = HERE) -> int:
     options = parse(arguments)
     try:
-        package = Package(folder)
+        package = Package(folder, options.delta)
         command = self_check if options.self_check else benchmark if options.benchmark else run
         return command(package, options)
     except (RefusalError, OSError) as error:

@@ -22,13 +22,15 @@ FILE_HINT = "Give a .onnx or .safetensors file, a checkpoint folder, or the fold
 
 @dataclass(frozen=True)
 class Change:
-    """One tensor that differs. ``weight``: what a squared error of one element costs, beside that of a linear layer."""
+    """One tensor that differs. ``weight``: what a squared error of one element costs, beside that of a linear layer.
+    ``unit``: the squared scale of whole numbers, 1 for floats."""
 
     name: str
     base: Array
     new: Array
     lossy: bool
     weight: float = 1.0
+    unit: float = 1.0
 
     @cached_property
     def delta(self) -> Array:
@@ -90,7 +92,7 @@ def compare(base: Path, new: Path) -> Pair:
             before, after = place.read(old), other.read(fresh)
             lossy, weight = _importance(name, before, tables, scales, graph=base.suffix == ".onnx")
             lossy = lossy and bool(np.isfinite(before).all() and np.isfinite(after).all())
-            changes.append(Change(name, before, after, lossy, weight))
+            changes.append(Change(name, before, after, lossy, weight, scales.get(name, 1.0)))
     return Pair(old, fresh, tuple(changes), len(places) - len(changes))
 
 

@@ -56,8 +56,8 @@ def report(pair: Pair, delta: Path) -> Report:
         error = 0.0
         if change.lossy:
             error = _squared(places[change.name].read(result), change.new)
-            wrong, size = wrong + error, size + change.energy
-            weights += _squared(change.new, np.zeros_like(change.new))
+            wrong, size = wrong + change.unit * error, size + change.unit * change.energy
+            weights += change.unit * _squared(change.new, np.zeros_like(change.new))
         relative = (error / change.energy) ** 0.5 if error else 0.0
         rows.append(Row(change.name, forms.get(change.name, UNTOUCHED), change.new.size, relative))
     return Report(
