@@ -204,6 +204,8 @@ def _distil_line(stage: DistilStage, null_twin: bool) -> str:
 
 def _masks(stage: DistilStage) -> str:
     """What the stage takes away while it trains."""
+    if stage.qat is not None:
+        return f"; {stage.qat.weights} weights and the target's activations are rounded while it trains"
     if stage.masks is not None:
         return f"; zeros grow to {stage.masks.zeros.shown}"
     if stage.supernet is not None:

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from compressor.config import Frozen, read_toml, validate
 from compressor.language import LoRA, Rollouts, Sequences
 from compressor.masks import CoFi, Masks, Pattern, SparseUpdate, Sparsity, Zeros, given_zeros
+from compressor.qat import Qat
 from compressor.schedule import LabelWeight, Option, Weight
 from compressor.search import Argument, Search, SuperNet
 from compressor.strategy import Negatives, Strategy
@@ -307,15 +308,20 @@ class DistilStage(Frozen):
     cofi: CoFi | None = None  # masks that learn which units go
     supernet: SuperNet | None = None  # train all sub-nets of a space at once, keep the best
     sparse_update: SparseUpdate | None = None  # only a share of the weights changes
+    qat: Qat | None = None  # round weights and activations as the target will, and learn the ranges
 
     @model_validator(mode="after")
     def _one_kind_of_masks(self) -> DistilStage:
-        kinds = ("masks", "cofi", "supernet", "sparse_update", "lora")
+        kinds = ("masks", "cofi", "supernet", "sparse_update", "lora", "qat")
         given = [name for name in kinds if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"`{given[0]}` and `{given[1]}` do not go together: give each a stage of its own")
         if self.cofi is not None and self.patience is not None:
             raise ValueError("`cofi` settles its masks at the end of the stage: leave `patience` out")
+        if self.qat is not None and self.rounds > 1:
+            raise ValueError("`qat` and `rounds` do not go together: give each a stage of its own")
+        if self.qat is not None and self.precision == "bf16":
+            raise ValueError("`qat` rounds in float32: leave `precision` out")
         if self.supernet is not None and self.patience is not None:
             raise ValueError("`supernet` chooses its sub-net at the end of the stage: leave `patience` out")
         return self

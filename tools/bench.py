@@ -307,6 +307,13 @@ def pruning(work: Path) -> None:
     print(command([sys.executable, "-m", "tools.bench_onnx_pruning", str(work / "public")]))
 
 
+def token_drop(_: Path) -> None:
+    """The text teacher with fewer tokens after some blocks, untrained."""
+    from tools.bench_tokens import page
+
+    (EVIDENCE / "token-drop.md").write_text(page())
+
+
 SECTIONS: dict[str, Callable[[Path], None]] = {
     "fashion-mnist": fashion_mnist,
     "movie-reviews": movie_reviews,
@@ -325,6 +332,7 @@ SECTIONS: dict[str, Callable[[Path], None]] = {
     "grapheme-to-phoneme": grapheme_to_phoneme,
     "importance-memory": importance_memory,
     "pruning": pruning,
+    "token-drop": token_drop,
 }
 
 

@@ -23,6 +23,7 @@ from compressor.plan import Plan, TargetView, channel_multiple, profile_plan, re
 from compressor.profile import HardwareProfile, expanded, load_profile
 from compressor.profit import sparsity_notes, sparsity_problems
 from compressor.recipe import DistilStage, PruneStage, Recipe, StudentStage, load_recipe
+from compressor.rules import qat_problems
 from compressor.types import EMBEDDING, MULTI_LABEL, TEXT2TEXT
 
 TEXT_TASKS = (
@@ -180,6 +181,7 @@ def open_session(request: Request) -> Session:
     )
     recipe = default_stages(recipe, model)
     problems = recipe_problems(recipe, model.kind, _objective_names())
+    problems += qat_problems(recipe, profiles)
     problems += sparsity_problems(recipe, profiles) + search_problems(recipe, profiles[0])
     problems += task_problems(recipe, model.task, _positions(model))
     data: DataBundle | None = None
@@ -272,6 +274,7 @@ def _module_problems(recipe: Recipe, model: LoadedModel, data: DataBundle, panel
     from compressor.distil.fit import fit_problems
     from compressor.distil.masks import mask_problems
     from compressor.distil.processes import launched
+    from compressor.distil.rounding import problems as rounding_problems
     from compressor.distil.terms import check, offered_fields
     from compressor.models.signals import available
 
@@ -286,9 +289,14 @@ def _module_problems(recipe: Recipe, model: LoadedModel, data: DataBundle, panel
             check_cut: Any = prune.check if isinstance(stage, PruneStage) else students.check
             found = check_cut(model.module, example, stage)
             problems += [Problem(f"{where}.{item.where}".rstrip("."), item.what) for item in found]
+            if (
+                isinstance(stage, StudentStage) and stage.drop_tokens
+            ):  # others do not lie at the teacher's tokens any more
+                signals = {name: count for name, count in signals.items() if name in ("logits", "pooled")}
         elif isinstance(stage, DistilStage):
             fields = offered_fields(stage, panel, getattr(data.splits["train"], "groups", None))
             problems += mask_problems(stage, where, model.module, example)
+            problems += rounding_problems(stage, where, model.module, example)
             wrong = check(stage, signals, taught, where, launched(), fields)
             problems += wrong or reading_problems(panel, model, stage, taught, where)
             problems += [] if wrong else stage_problems(stage, model.module, taught, where, fields)

@@ -40,7 +40,7 @@ def export(run: Run, line: Line) -> tuple[Artifact, tuple[Parity, ...]]:
         "role": line.role,
         "inputs": [vars(spec) for spec in run.model.inputs],
         "samples": run.data.digests["validation"],
-        "code": code_digest("export", "models/onnx_graph", "models/onnx_facts", "models/heads"),
+        "code": code_digest("export", "models/onnx_graph", "models/onnx_facts", "models/heads", "models/tokens"),
         "torch": version("torch"),
     }
     result = run.ledger.stage(f"export-{line.role}", key, lambda folder: _export_to(run, line, folder))
@@ -61,10 +61,13 @@ def _export_to(run: Run, line: Line, folder: Path) -> StageOutput:
     from compressor.export.onnx import export_onnx
     from compressor.export.optimise import optimise
     from compressor.export.verify import verify
+    from compressor.models.fakequant import is_rounded, settled
     from compressor.models.onnx_facts import describe
     from compressor.models.sparse import drop_masks
 
     module = drop_masks(line.load().eval())
+    if is_rounded(module):
+        module = settled(module)  # the rounded weights as floats; its quantized files hold the codes
     refuse_training_parts(module)
     outputs = run.outputs(module)
     (folder / OUTPUTS_FILE).write_text(json.dumps([vars(spec) for spec in outputs]))
