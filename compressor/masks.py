@@ -77,8 +77,8 @@ Block = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 class Masks(Frozen):
     """Zeros that grow while a distil stage trains: s = s_end (1 - (1 - t)^3), t from 0 at ``start`` to 1 at ``end``.
 
-    Zhu and Gupta, "To prune, or not to prune", 2017. Weights that are zero stay zero. ``start = end = 0``: one shot
-    before the first step.
+    Zhu and Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression", 2017. Weights
+    that are zero stay zero. ``start = end = 0``: one shot before the first step.
     """
 
     sparsity: Sparsity | None = None  # of every layer; follows from the pattern for N:M

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from compressor.recipe import DistilStage
 
 MOMENTUM = 0.9
-ONE_CYCLE_START = 0.3  # share of the steps in which one-cycle rises (Smith and Topin, 2018)
+ONE_CYCLE_START = 0.3  # share of the steps in which one-cycle rises (Smith and Topin, "Super-Convergence", 2017)
 ONE_CYCLE_LOW = 1 / 25  # its first learning rate over the highest
 
 
@@ -68,8 +68,8 @@ def freeze(student: nn.Module, patterns: Iterable[str]) -> tuple[list[nn.Paramet
 class Thaw:
     """Gradual unfreezing: groups of parameters join the training one by one, a pure function of the step.
 
-    Source: Howard and Ruder, "Universal Language Model Fine-tuning", 2018; XtremeDistilTransformers unfreezes from the
-    top down in the same way.
+    Source: Howard and Ruder, "Universal Language Model Fine-tuning for Text Classification", 2018;
+    XtremeDistilTransformers (methods T3) unfreezes from the top down in the same way.
     """
 
     def __init__(self, student: nn.Module, patterns: Sequence[str], by: float) -> None:

@@ -104,7 +104,8 @@ class OnPolicy:
         """The data's tokens, some replaced by what the student expects after the tokens before them, in one pass.
 
         Every guess is the student's likeliest token after the data's own prefix: the errors of writing without its
-        cost. Source: methods X14 (KID), from its abstract.
+        cost. Source: Zhong et al., "Learning from Imperfect Data: Towards Efficient Knowledge Distillation of
+        Autoregressive Language Models for Text-to-SQL" (KID), 2024 (methods X14), from its abstract.
         """
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         training = [part for part in self.student.modules() if part.training]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SCALE = 100.0  # of the normalised head (Kang et al., "Dual-Head Optimization", 2025: repository default)
+SCALE = 100.0  # of the normalised head (Kang et al., DHO, 2025, methods D1: repository default)
 
 
 class Head(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy

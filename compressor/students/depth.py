@@ -1,7 +1,8 @@
 """Fewer layers: some of the longest list of blocks, or of the encoder's and the decoder's, are kept.
 
 A deep encoder with a shallow decoder loses little quality and most of the decoding time where a cache is kept, since
-the encoder then runs once (Kasai et al., "Deep Encoder, Shallow Decoder", ICLR 2021). Graphs exported here keep none.
+the encoder then runs once (Kasai et al., "Deep Encoder, Shallow Decoder: Reevaluating Non-autoregressive Machine
+Translation", ICLR 2021). Graphs exported here keep none.
 """
 
 from __future__ import annotations

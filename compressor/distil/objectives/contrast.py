@@ -65,8 +65,9 @@ class Contrastive(Matched):
 
     Shapes: any feature, pooled to (B, d): mean over space or real tokens; a linear map where widths differ.
     Paper: Gao et al., "DistilCSE: Effective Knowledge Distillation For Contrastive Sentence Embeddings", 2021 (methods
-    R3); ICL of Yang et al., "CLIP-KD", 2024 (W1: cross); multi-scale decoupled contrast after Wang et al., 2025 (F6:
-    scales, temperature 0.1; title unverified).
+    R3); ICL of Yang et al., "CLIP-KD: An Empirical Study of CLIP Model Distillation", 2024 (W1: cross); after Wang et
+    al., "Contrastive Representation Distillation via Multi-Scale Feature Decoupling", 2025 (F6: scales; temperature 0.1
+    there is our choice).
     Defaults: match logits with logits, temperature 0.05, queue 0, cross false, scales "1".
     When: embeddings for search. A queue longer than the data set holds the sample itself as a negative.
     Worked number: orthogonal [1,0] and [0,1], student = teacher, temperature 1: ln(1 + 1/e) = 0.313262.
@@ -161,7 +162,7 @@ class NeuronSelectivity(SignalObjective):
 
     Shapes: feature maps (B, C, H, W), the larger pooled to the smaller, or tokens (B, T, d); channels may differ.
     Paper: Huang and Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017; used by
-    Tang et al., "VidLanKD", 2021 (methods F9).
+    Tang et al., "VidLanKD: Improving Language Understanding via Video-Distilled Knowledge Transfer", 2021 (methods F9).
     Defaults: match hidden[-1] with hidden[-1].
     When: feature maps of unequal width, without a projection.
     Worked number: one student channel [1,0], one teacher channel [0,1]: 1 + 1 - 0 = 2.

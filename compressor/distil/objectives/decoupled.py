@@ -73,7 +73,8 @@ class NormalisedKd(LogitObjective):
     its minimum is not 0.
 
     Shapes: logits (N, C) of both models with labels (N,), or (N, T, C) with labels (N, T); same classes.
-    Paper: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation", 2023 (methods L3).
+    Paper: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized
+    Loss and Customized Soft Labels", 2023 (methods L3).
     Defaults: temperature 1, gamma 1.
     When: in place of `kd` and labels together; it contains the label's own term.
     Worked number: logits [2,1,0] of the teacher and [0,0,0] of the student, label 0: 0.665241 * ln 3 + ln 2 = 1.423988.

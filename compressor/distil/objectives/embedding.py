@@ -92,7 +92,7 @@ class Similarity(SignalObjective):
     Shapes: any feature; over "samples" pooled to (B, d), over "tokens" (B, T, d) or the places of (B, C, H, W), padding
     left out. Widths may differ. Memory: at most `samples` squared, or `samples` tokens squared for each sample.
     Paper: Mao and Nakagawa, "LEALLA", 2023 (R2, logit term: mse over samples); CKD of Yang et al., "CLIP-KD", 2024 (W1:
-    kl, pairs); token relations of Zhang et al., "TRG", 2023 (F5: kl over tokens, generic part only); RDist of Cai
+    kl, pairs); token relations of Zhang et al. (TRG), 2023 (F5: kl over tokens, generic part only); RDist of Cai
     et al., "LLaVA-KD", 2024 (W5: cosine over tokens).
     Defaults: match logits with logits, compare mse, over samples, temperature 1, samples 512. CKD's temperature is that
     of the model's softmax, 0.01 to 0.07.

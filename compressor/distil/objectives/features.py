@@ -58,8 +58,8 @@ class HiddenMatch(Matched):
     average-pooled to the smaller), dropped at export. g is the match's map: `uniform`, `last` or `skip`.
 
     Shapes: tokens (B, T, d), feature maps (B, C, H, W) or vectors (B, d); padding does not count.
-    Paper: Romero et al., "FitNets", 2015; Jiao et al., "TinyBERT", 2020; form HS of Wang et al., "MiniLMv2", 2021
-    (methods F1).
+    Paper: Romero et al., "FitNets: Hints for Thin Deep Nets", 2015; Jiao et al., "TinyBERT: Distilling BERT for Natural
+    Language Understanding", 2020; form HS in methods F1 (Wang et al., "MiniLMv2", 2021).
     Defaults: match hidden[i] with hidden[g(i)], map uniform, proj linear.
     When: a student cut from its teacher, or few training samples.
     Worked number: student [[1,1,1],[0,2,1],[1,2,1]], teacher [[1,0,2],[0,1,1],[2,2,0]]: 5/9 = 0.555556.
@@ -145,18 +145,21 @@ def relation_logits(states: Tensor, heads: int) -> Tensor:
     return cut @ cut.transpose(-1, -2) * (original * depth / heads) ** -0.5
 
 
-def relation_divergence(teacher: Tensor, student: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """KL of the softmax relations, summed over relations and tokens, mean over heads.
+def relation_divergence(
+    teacher: Tensor, student: Tensor, heads: int, mask: Tensor | None = None, compare: str = "kl"
+) -> Tensor:
+    """Difference of the softmax relations, summed over relations and tokens, mean over heads.
 
     ``teacher``, ``student``: (R, B, H, T, d) with their own H and d; ``mask``: (B, T). Padding is neither key nor
-    query.
+    query. ``compare``: KL(teacher || student), or the squared error summed over keys.
     """
     a, b = relation_logits(teacher, heads), relation_logits(student, heads)
     if mask is not None:
         hidden = (mask == 0)[None, :, None, None, :]
         a, b = a.masked_fill(hidden, -1e9), b.masked_fill(hidden, -1e9)
     log_p, log_q = F.log_softmax(a, dim=-1), F.log_softmax(b, dim=-1)
-    values = (log_p.exp() * (log_p - log_q)).sum(-1)
+    values = (log_p.exp() - log_q.exp()).square() if compare == "mse" else log_p.exp() * (log_p - log_q)
+    values = values.sum(-1)
     if mask is not None:
         values = torch.where((mask != 0)[None, :, None, :], values, 0)
     return values.sum() / heads
@@ -170,9 +173,10 @@ class MiniLmRelations(SignalObjective):
     R_S[a,t]).
 
     Shapes: qkv (3, B, H, T, d) of both models, mask (B, T); padding is neither key nor query. No projections.
-    Paper: Wang et al., "MiniLMv2: Multi-Head Self-Attention Relation Distillation", 2021 (methods F1).
+    Paper: Wang et al., "MiniLMv2: Multi-Head Self-Attention Relation Distillation for Compressing Pretrained
+    Transformers", 2021 (methods F1).
     Defaults: last layers of both; `heads` 0 takes the larger of the two head counts that divides both widths, else
-    their greatest common divisor; `part` chooses the side of an encoder-decoder model. Base models of the paper use 48.
+    their greatest common divisor; `compare` "mse" is AutoDistil's (methods N2); `part` chooses the side of an encoder-decoder model. Base models of the paper use 48.
     When: transformer students of another width or depth, task-agnostic distillation.
     Worked number: teacher [[1,0,2,1],[0,1,1,-1],[2,2,0,0]], student [[.5,1],[1,0],[1,2]], A = 2: 0.555465 a relation.
     """
@@ -181,6 +185,7 @@ class MiniLmRelations(SignalObjective):
         heads: Annotated[int, Field(ge=0)] = 0
         teacher_layer: int = -1
         student_layer: int = -1
+        compare: Literal["kl", "mse"] = "kl"
         part: Literal["decoder", "encoder"] = "decoder"
 
     def bind(self, student: Counts, teacher: Counts) -> list[str]:
@@ -214,6 +219,7 @@ class MiniLmRelations(SignalObjective):
     def __call__(self, s: Signals, t: Signals, batch: Batch, step: Step) -> Term:
         student, teacher = s[self.student_name], t[self.teacher_name]
         mask = batch.mask_of(self.student_name)
-        total = relation_divergence(teacher, student, self.heads, mask)
+        heads = gcd(self.heads, int(student.shape[-3] * student.shape[-1]))  # sub-nets of a super-net are narrower
+        total = relation_divergence(teacher, student, heads, mask, self.options.compare)
         tokens = (mask != 0).sum() if mask is not None else float(student.shape[1] * student.shape[3])
         return Term(total, tokens, {"relation KL": total.detach()})

@@ -206,8 +206,8 @@ class DualHeadKd(_NewHead):
     stage's `labels` teaches the first head only. Output: log(a softmax(z_1) + (1 - a) softmax(z_2 / b)).
 
     Shapes: teacher logits (B, C), student taught (B, C).
-    Paper: Kang et al., "Simple Semi-supervised Knowledge Distillation from Vision-Language Models via Dual-Head
-    Optimization", 2025 (methods D1).
+    Paper: Kang et al., "Simple yet Effective Semi-supervised Knowledge Distillation from Vision-Language Models via
+    Dual-Head Optimization" (DHO), 2025 (methods D1).
     Defaults: temperature 2; a and b 0.5 during training, then chosen on the validation part (a in 0..1, b in 0.25..4).
     Both heads start from the student's own.
     When: few labels and much unlabelled data (`data.transfer`), where gradients of labels and teacher conflict.

@@ -134,7 +134,8 @@ class JensenShannon(_Divergence):
     KL(p || q), beta 1 is KL(q || p). The gradient jumps there: at beta 0.01 it is about a hundredth of that at 0.
 
     Shapes: logits (N, C) of both models, or (N, T, C) with a token mask; same classes.
-    Paper: Agarwal et al., "On-Policy Distillation of Language Models" (GKD), 2023 (methods L2).
+    Paper: Agarwal et al., "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes" (GKD),
+    2023 (methods L2).
     Defaults: temperature 1, beta 0.5.
     When: noisy teachers; the loss never exceeds ln 2 a sample at beta 0.5.
     Worked number: the logits of `kd` give 0.092361 at beta 0.5, 0.030992 at 0.1, 0.039371 at 0.9.
@@ -225,7 +226,8 @@ class TopKKl(_Divergence):
     w = the teacher's tail mass (`tail = "mass"`) the sum is exactly KL(p || q); `tail` sets another weight.
 
     Shapes: logits (N, C) of both models, or (N, T, C) with a token mask; same classes.
-    Paper: after TopKLD of the work on bit-level scaling laws (methods Q3); the split is ours.
+    Paper: after TopKLD of Ding et al., "Dissecting Bit-Level Scaling Laws in Quantizing Vision Generative Models", 2025
+    (methods Q3); the split is ours.
     Defaults: temperature 1, k 10, tail 1: the tail counts as much as the head. tail 0 ignores it.
     When: large vocabularies and low-bit students, whose tails a plain KL hardly sees.
     Worked number: the logits of `kd` with k 2: 0.338607 without the tail; with `tail = "mass"` 0.341269 as `kd`.

@@ -132,8 +132,8 @@ class RankNet(_ListObjective):
     so permutations (a large language model's ranking) are enough; ties are no pairs.
 
     Shapes: as `margin-mse`.
-    Paper: Burges et al., 2005; Sun et al., "Instruction Distillation Makes Large Language Models Efficient Zero-shot
-    Rankers", 2023 (methods R8).
+    Paper: Burges et al., "Learning to Rank using Gradient Descent" (RankNet), 2005; Sun et al., "Instruction
+    Distillation Makes Large Language Models Efficient Zero-shot Rankers", 2023 (methods R8).
     Defaults: student score, teacher score.
     When: the teacher gives an order, or scores that cannot be compared with the student's.
     Worked number: the logits of `kd`, each row a list: 0.476904.
@@ -153,8 +153,9 @@ class ListKl(_ListObjective):
     Formula: KL(softmax(scale * s_T) || softmax(s_S / temperature)) over the items, mean over lists.
 
     Shapes: as `margin-mse`.
-    Paper: Yang et al., "Translate-Distill", 2024 (methods R5); with scale 4 (temperature 0.25) Lin et al., "In-Batch
-    Negatives for Knowledge Distillation with Tightly-Coupled Teachers", 2021 (methods R6).
+    Paper: Yang et al., "Translate-Distill: Learning Cross-Language Dense Retrieval by Translation and Distillation",
+    2024 (methods R5); with scale 4 (temperature 0.25) Lin et al., "In-Batch Negatives for Knowledge Distillation with
+    Tightly-Coupled Teachers for Dense Retrieval", 2021 (methods R6).
     Defaults: student score, teacher score, scale 1, temperature 1.
     When: lists of several passages a query, with scores that are logits of one scale.
     Worked number: the logits of `kd`, each row a list: 0.341269.

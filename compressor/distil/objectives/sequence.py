@@ -82,7 +82,8 @@ class Taid(LogitObjective):
     (1 - t) a step, m the moving average (`beta`) of the relative fall of the loss. At t = 1 it is `soft-ce`.
 
     Shapes: logits (N, C) of both models, or (N, T, C) with a token mask; same classes.
-    Paper: Shing et al., "TAID: Temporally Adaptive Interpolated Distillation", 2025 (methods X5).
+    Paper: Shing et al., "TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge Transfer in
+    Language Models", 2025 (methods X5).
     Defaults: start 0.4, end 1, rate 0.0005, beta 0.99.
     When: a student much smaller than its teacher; language models.
     Worked number: the logits of `kd` give 1.179541 at t = 0.4.

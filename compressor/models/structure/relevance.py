@@ -1,8 +1,9 @@
 """Layer-wise relevance of units (LRP): how much of the winning output flows through each, sum of |relevance|.
 
-Source: Yeom et al., "Pruning by Explaining" (Pattern Recognition 2021, methods U4), whose convolutions use the
-alpha-beta rule with alpha 1 and beta 0 (z+): R_j = sum_k (x_j w_jk)+ / sum_j (x_j w_jk)+ R_k. The relevance of a unit
-is the sum over reference samples and positions of its absolute value, without any normalisation per layer.
+Source: Yeom et al., "Pruning by Explaining: A Novel Criterion for Deep Neural Network Pruning" (Pattern Recognition
+2021, methods U4), whose convolutions use the alpha-beta rule with alpha 1 and beta 0 (z+): R_j = sum_k (x_j w_jk)+ /
+sum_j (x_j w_jk)+ R_k. The relevance of a unit is the sum over reference samples and positions of its absolute value,
+without any normalisation per layer.
 
 The rules are written as gradients (relevance is input times modified gradient, as in Achtibat et al., "AttnLRP",
 ICML 2024): each operation returns what it always does, with a gradient of its own. So sums (residual connections)

@@ -1,7 +1,8 @@
 """First-order Taylor importance: how much the loss changes when a unit is set to zero, |sum of activation x gradient|.
 
-Source: Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference" (ICLR 2017), eq. 7:
-the product is summed over positions before the absolute value is taken, which is averaged over samples.
+Source: Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference" (ICLR 2017), its
+criterion by Taylor expansion: the product is summed over positions before the absolute value is taken, which is
+averaged over samples.
 
 Nobody needs to label the calibration data: classes are drawn from the model's own soft labels (the gradient of its own
 cross-entropy is zero at its own outputs, that for a drawn class is not); language models predict their own next

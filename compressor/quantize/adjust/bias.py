@@ -1,5 +1,6 @@
 """Bias correction: rounding a weight shifts the mean of what it computes; the shift is taken off the bias
-(Nagel et al., Data-Free Quantization, ICCV 2019, with means from calibration data)."""
+(Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, with means from
+calibration data)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Cross-layer equalisation: two layers with a positively homogeneous operator between them share a channel's scale so
-that one scale per tensor fits all channels (Nagel et al., Data-Free Quantization, ICCV 2019). The float function does
-not change."""
+that one scale per tensor fits all channels (Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
+Correction", ICCV 2019). The float function does not change."""
 
 from __future__ import annotations
 

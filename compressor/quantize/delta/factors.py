@@ -1,9 +1,9 @@
 """A matrix of changes as few vectors of few bits, or as its largest entries: what a delta stores of one tensor.
 
 GraftLLM's SkillPack (Du et al., "Knowledge Grafting of Large Language Models", 2025): low rank for matrices, magnitude
-pruning where few entries change, and more bits for the leading singular vectors. Where its code rounds singular vectors by GPTQ on calibration data, here each pair of
-vectors is fitted to what the pairs before it, as rounded, have left over; that needs no data, and no pair can make the
-error larger, whatever its bits.
+pruning where few entries change, and more bits for the leading singular vectors. Where its code rounds singular
+vectors by GPTQ on calibration data, here each pair of vectors is fitted to what the pairs before it, as rounded, have
+left over; that needs no data, and no pair can make the error larger, whatever its bits.
 """
 
 from __future__ import annotations
