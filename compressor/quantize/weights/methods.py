@@ -3,9 +3,10 @@
 A layer with inputs X (rows: samples and positions) and weight W loses ||X W - X Q||^2 = sum of D * (H D) with
 D = W - Q and H = X'X. Everything here needs H alone, (K, K), whatever the number of samples.
 
-GPTQ: Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, ICLR 2023,
-algorithm 1. AWQ: Lin et al., AWQ: Activation-aware Weight Quantization, MLSys 2024, section 3.2. The fit of scales is
-the same loss with the codes held fixed.
+GPTQ: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022 (at ICLR
+2023 as "OPTQ: Accurate Quantization for Generative Pre-trained Transformers"), algorithm 1. AWQ: Lin et al., "AWQ:
+Activation-aware Weight Quantization for On-Device LLM Compression and Acceleration", MLSys 2024, section 3.2. The
+fit of scales is the same loss with the codes held fixed.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def output_error(weight: Array, made: Codes, gram: Array, factor: Array | None =
     """||X (W - Q)||^2 from H = X'X. ``factor`` (K,): the codes stand for the weight times it."""
     total = 0.0
     for piece, part in columns(weight):
-        points = dequantized(*(array[piece] for array in made), len(weight))
+        points = dequantized(made.codes[piece], made.scale[piece], made.zero[piece], len(weight))
         lost = part - (points if factor is None else points / factor[:, None])
         total += float(np.vdot(lost, gram @ lost))
     return max(0.0, total)
