@@ -2,6 +2,7 @@
 
     CompressError
     ├── ConfigError          a file, key or option is wrong                exit code 2
+    │   └── PackageError         a package is not what was packed              2
     ├── PlanError            the request cannot be carried out (all problems at once)   2
     ├── StageError           a stage broke while running                   1
     └── TargetError          a device tool chain                           1
@@ -60,6 +61,10 @@ class ConfigError(ProblemList):
     @classmethod
     def single(cls, subject: str, where: str, what: str, *, hint: str = "") -> ConfigError:
         return cls(subject, [Problem(where, what)], hint=hint)
+
+
+class PackageError(ConfigError):
+    """A package, or a file of it, is damaged, missing, or not what was packed."""
 
 
 class PlanError(ProblemList):

@@ -13,6 +13,7 @@ from compressor.errors import ConfigError
 from compressor.masks import Pattern
 
 Positive = Annotated[float, Field(gt=0)]
+Platform = Literal["python", "cpp", "android", "ios", "web", "micro"]
 
 
 class Source(Frozen):
@@ -83,6 +84,12 @@ class SparsityRules(Frozen):
     why: str = ""  # one sentence: where the gain comes from, or why there is none
 
 
+class PackageRules(Frozen):
+    """What a package for this device holds beside the model and ``infer.py``: sample programs (docs/package.md)."""
+
+    platforms: tuple[Platform, ...] = ()
+
+
 class HardwareProfile(Frozen):
     """A device: data with a source for every figure."""
 
@@ -96,6 +103,7 @@ class HardwareProfile(Frozen):
     constraints: Constraints = Constraints()
     quantization: QuantizationRules = QuantizationRules()
     sparsity: SparsityRules = SparsityRules()
+    package: PackageRules = PackageRules()
     options: dict[str, Any] = {}  # the back end's own settings, checked by the back end
     sources: tuple[Source, ...] = ()
 

@@ -91,6 +91,7 @@ CATALOGUE: Mapping[str, Toolchain] = {
             "Apache-2.0",
             _BACKENDS / "tflite_micro" / "worker.py",
         ),
+        Toolchain("samples", "ONNX Runtime's C++ headers and ktlint, to check sample programs (npm)", "MIT", None),
         Toolchain("web", "ONNX Runtime Web, WebAssembly for browsers (npm)", "MIT", None),
     )
 }

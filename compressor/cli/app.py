@@ -205,12 +205,31 @@ def report(
 def package(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder (build/runs/<digest>).")],
     profile: Profiles = None,
+    platform: Annotated[
+        list[str] | None,
+        typer.Option("--platform", help="Sample programs to put in: cpp, android, ios (default: the profile's)."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write the packages of a run again (all profiles, or those given)."""
     from compressor.cli.report import package_command
 
-    raise typer.Exit(package_command(run_folder, tuple(profile or ()), as_json=json))
+    raise typer.Exit(package_command(run_folder, tuple(profile or ()), tuple(platform or ()), as_json=json))
+
+
+@app.command()
+def verify(
+    package: Annotated[Path, typer.Argument(metavar="PACKAGE", help="A package: its folder or its .zip.")],
+    build: Annotated[
+        bool,
+        typer.Option("--build", help="Also build and run its C++ sample, lint its Kotlin: this runs what it brings."),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Check a package: every file's digest, manifest, bill of materials, and its stored answers."""
+    from compressor.cli.verify import verify_command
+
+    raise typer.Exit(verify_command(package, build=build, as_json=json))
 
 
 @app.command()

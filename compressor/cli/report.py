@@ -32,14 +32,14 @@ def report_command(run: Path, *, as_json: bool) -> int:
     return exit_code(summary)
 
 
-def package_command(run: Path, profiles: Sequence[str], *, as_json: bool) -> int:
+def package_command(run: Path, profiles: Sequence[str], platforms: Sequence[str], *, as_json: bool) -> int:
     """Write the packages of a run again."""
     from targets.package import load_info
     from targets.report import from_json
 
     path = require_run(run)
     summary = from_json(path.read_text(encoding="utf-8"), path.parent)
-    made = write_packages(summary, path.parent, load_info(path.parent), profiles)
+    made = write_packages(summary, path.parent, load_info(path.parent), profiles, platforms)
     if as_json:
         stdout_json({"packages": made})
     else:

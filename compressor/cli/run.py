@@ -341,7 +341,7 @@ def publish(session: Session, summary: RunSummary, folder: Path) -> dict[str, An
     from targets.report import write_report
 
     files = write_report(summary, folder)
-    packages = write_packages(summary, folder, package_info(session))
+    packages = write_packages(summary, folder, package_info(session), known=session.profiles)
     return {
         "report_html": str(files["html"]),
         "report_md": str(files["md"]),
@@ -365,15 +365,26 @@ def package_info(session: Session) -> Any:
     )
 
 
-def write_packages(summary: RunSummary, folder: Path, info: Any, profiles: Sequence[str] = ()) -> dict[str, str]:
-    """One package per profile that ships something."""
+def write_packages(
+    summary: RunSummary,
+    folder: Path,
+    info: Any,
+    profiles: Sequence[str] = (),
+    platforms: Sequence[str] = (),
+    known: Sequence[HardwareProfile] = (),
+) -> dict[str, str]:
+    """One package per profile that ships something, with the sample programs of ``platforms``, or of the profile."""
     from targets.package import write_package
 
     made: dict[str, str] = {}
     for outcome in summary.outcomes:
         if outcome.shipped is not None and (not profiles or outcome.profile in profiles):
-            runtime = load_profile(outcome.profile).runtime.model_dump() if outcome.profile in profile_names() else None
-            path = write_package(outcome, summary, info, folder / "packages", runtime=runtime)
+            profile = next((item for item in known if item.name == outcome.profile), None)
+            if profile is None and outcome.profile in profile_names():
+                profile = load_profile(outcome.profile)
+            runtime = profile.runtime.model_dump() if profile is not None else None
+            wanted = platforms or (profile.package.platforms if profile is not None else ())
+            path = write_package(outcome, summary, info, folder / "packages", runtime=runtime, platforms=wanted)
             made[outcome.profile] = str(path)
     return made
 

@@ -10,10 +10,11 @@ import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from compressor.errors import ConfigError
+from compressor.errors import PackageError, Problem
 from compressor.types import file_digest
 
 SUMS = "SHA256SUMS"
+AGAIN = "Get the package from its source again."
 MAX_BYTES = 8 << 30  # of an unpacked package: no edge model is larger, a zip bomb is
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold: archives must not differ by when they were made
 
@@ -51,7 +52,7 @@ def write_zip(folder: Path, archive: Path) -> None:
 def unpack(archive: Path, folder: Path) -> Path:
     """Unpack a package into ``folder`` and return the package's own folder in it.
 
-    Refuses, with :class:`ConfigError` and before anything is visible in ``folder``: entries that would leave it
+    Refuses, with :class:`PackageError` and before anything is visible in ``folder``: entries that would leave it
     (absolute paths, ``..``, drive letters), links, duplicates, more bytes than a package has,
     and any file whose SHA-256 is not in the package's ``SHA256SUMS``.
     """
@@ -108,19 +109,26 @@ def _extract(stream: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> Non
 
 
 def _check_sums(folder: Path, archive: Path) -> None:
+    if problems := sum_problems(folder):
+        raise PackageError(f"`{archive.name}`", problems, hint=AGAIN)
+
+
+def sum_problems(folder: Path) -> list[Problem]:
+    """Every file that is missing, was changed, or was not packed, against the folder's ``SHA256SUMS``."""
     sums = folder / SUMS
     if not sums.is_file():
-        raise _refused(archive, SUMS, "is missing, so that nothing can be verified")
-    lines = sums.read_text(encoding="utf-8").splitlines()
+        return [Problem(SUMS, "is missing, so that nothing can be verified")]
+    lines = sums.read_text(encoding="utf-8", errors="replace").splitlines()
     wanted = {name: value for value, _, name in (line.partition("  ") for line in lines)}
     found = files_of(folder)
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in found:
-            raise _refused(archive, name, "is missing")
+    problems = [Problem(name, "is missing") for name in sorted(wanted.keys() - found.keys())]
+    problems += [Problem(name, "was not packed (SHA256SUMS does not list it)") for name in found.keys() - wanted.keys()]
+    for name in sorted(found.keys() & wanted.keys()):
         with found[name].open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != wanted.get(name):
-                raise _refused(archive, name, "is not the file that was packed (its SHA-256 differs)")
+            if hashlib.file_digest(stream, "sha256").hexdigest() != wanted[name]:
+                problems.append(Problem(name, "is not the file that was packed (its SHA-256 differs)"))
+    return problems
 
 
-def _refused(archive: Path, where: str, what: str, hint: str = "") -> ConfigError:
-    return ConfigError.single(f"`{archive.name}`", where, what, hint=hint or "Get the package from its source again.")
+def _refused(archive: Path, where: str, what: str, hint: str = "") -> PackageError:
+    return PackageError(f"`{archive.name}`", [Problem(where, what)], hint=hint or AGAIN)

@@ -6,12 +6,13 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from compressor import delta_file
 from compressor.errors import CompileError, ConfigError, RunError, sdk_errors
+from compressor.profile import Platform
 from compressor.types import EMBEDDING, MULTI_LABEL, TEXT2TEXT, Array, write_atomic
 from targets.outcome import ProfileOutcome, Row, RunSummary
 from targets.package import infer
@@ -31,6 +32,7 @@ from targets.package.manifest import (
     runtime_of,
     tolerance_of,
 )
+from targets.package.platforms import choose, write_apps
 from targets.package.readme import notice, readme
 from targets.package.sbom import bill_of_materials
 
@@ -40,6 +42,7 @@ _FORMATS: Mapping[str, Literal["onnx", "ort", "tensorrt-engine", "other"]] = {
     ".engine": "tensorrt-engine",
     ".plan": "tensorrt-engine",
 }
+_LICENCE = Path(__file__).parent / "licences" / "Apache-2.0.txt"
 _RESERVED = {
     "manifest.json",
     "SHA256SUMS",
@@ -59,12 +62,14 @@ def write_package(
     folder: Path,
     *,
     runtime: Mapping[str, Any] | None = None,
+    platforms: Sequence[str] = (),
 ) -> Path:
     """Write ``folder/<profile>/`` and ``folder/<profile>.zip`` for what ships on this profile; returns the .zip.
 
     ``folder`` is the run's folder of packages; ``info`` is kept in it too (see :func:`targets.package.load_info`).
-    ``runtime`` is the profile's ``[runtime]`` as data; without it, the threads of the measurement count. The old
-    package stays until the new one is complete. Raises :class:`ConfigError` when nothing ships.
+    ``runtime`` is the profile's ``[runtime]`` as data; without it, the threads of the measurement count.
+    ``platforms`` are sample programs to put in (see :mod:`targets.package.platforms`). The old package stays until the
+    new one is complete. Raises :class:`ConfigError` when nothing ships, or for a platform that is unknown.
     """
     row = outcome.shipped
     if row is None:
@@ -79,7 +84,7 @@ def write_package(
     try:
         made = scratch / outcome.profile
         made.mkdir()
-        _fill(made, outcome, summary, row, info, runtime_of(row, runtime))
+        _fill(made, outcome, summary, row, info, runtime_of(row, runtime), choose(platforms, outcome.target))
         archive = folder / f"{outcome.profile}.zip"
         write_zip(made, archive)
         _swap(made, folder / outcome.profile, scratch)
@@ -96,7 +101,13 @@ def _swap(new: Path, place: Path, scratch: Path) -> None:
 
 
 def _fill(
-    folder: Path, outcome: ProfileOutcome, summary: RunSummary, row: Row, info: PackageInfo, runtime: Runtime
+    folder: Path,
+    outcome: ProfileOutcome,
+    summary: RunSummary,
+    row: Row,
+    info: PackageInfo,
+    runtime: Runtime,
+    platforms: Sequence[Platform],
 ) -> None:
     model = _copy_model(folder, outcome, row)
     for name, content in info.files.items():
@@ -107,6 +118,7 @@ def _fill(
         write_atomic(folder / "samples.npz", pack_samples(info.samples, info.raw, outputs))
     write_atomic(folder / "infer.py", Path(infer.__file__).read_bytes())
     write_atomic(folder / "delta.py", Path(delta_file.__file__).read_bytes())
+    write_atomic(folder / "LICENSES" / "Apache-2.0.txt", _LICENCE.read_bytes())
     manifest = Manifest(
         name=summary.name,
         profile=outcome.profile,
@@ -130,9 +142,11 @@ def _fill(
         self_check=SelfCheck(samples=len(info.samples), tolerance=tolerance, why=why),
         teacher=dict(summary.teacher),
         teachers=tuple(dict(item) for item in summary.teachers),
+        platforms=tuple(platforms),
         versions={**summary.versions, **outcome.versions},
         files={},
     )
+    write_apps(folder, manifest, platforms)
     _write_papers(folder, manifest, outcome, row)
 
 

@@ -9,7 +9,7 @@ from compressor.config import Frozen
 from compressor.types import Artifact, Figure, Measurement, TensorSpec
 from targets.outcome import Row
 
-MANIFEST_VERSION = "1.0"
+MANIFEST_VERSION = "1.1"
 Postprocess = Literal[
     "softmax",
     "probabilities",
@@ -127,6 +127,7 @@ class Manifest(Frozen):
     self_check: SelfCheck
     teacher: dict[str, str]  # source, digest, licence, revision
     teachers: tuple[dict[str, str], ...] = ()  # all of a panel, with weight and view
+    platforms: tuple[str, ...] = ("python",)  # sample programs in the package, a folder each
     versions: dict[str, str]
     files: dict[str, FileEntry]  # all but manifest.json and SHA256SUMS
 

@@ -18,8 +18,8 @@ def readme(manifest: Manifest, outcome: ProfileOutcome, row: Row) -> str:
         f"`{manifest.model.file}` ({escape(manifest.model.precision)}, {manifest.model.parameters:,} parameters) for "
         f"{escape(manifest.target)}: {escape(manifest.task)}. {escape(manifest.verdict)}"
     )
-    parts = [title, what, _run(manifest), _measured(manifest, outcome, row), _interface(manifest), _files(manifest)]
-    return "\n\n".join([*parts, _origin(manifest)]) + "\n"
+    parts = [title, what, _run(manifest), *_apps(manifest), _measured(manifest, outcome, row), _interface(manifest)]
+    return "\n\n".join([*parts, _files(manifest), _origin(manifest)]) + "\n"
 
 
 def _run(manifest: Manifest) -> str:
@@ -57,6 +57,22 @@ def _run(manifest: Manifest) -> str:
             "nothing about the device.",
         ]
     return "\n".join(lines)
+
+
+_APPS = {
+    "cpp": "CMake project for C++17 and ONNX Runtime",
+    "android": "Android project in Kotlin",
+    "ios": "Swift package for iOS and macOS",
+}
+
+
+def _apps(manifest: Manifest) -> list[str]:
+    """The sample programs, when there are any."""
+    found = [f"- `{name}/`: {text}, with its own README." for name, text in _APPS.items() if name in manifest.platforms]
+    if not found:
+        return []
+    rule = "They pre-process and answer as `infer.py` does, and repeat the same stored samples."
+    return ["\n".join(["## Sample programs", "", *found, "", rule])]
 
 
 def _measured(manifest: Manifest, outcome: ProfileOutcome, row: Row) -> str:
@@ -132,6 +148,6 @@ def notice(manifest: Manifest) -> str:
         f"{manifest.name} for {manifest.profile}\n\n"
         f"The model derives from: {manifest.teacher.get('source') or 'a teacher that is not named'}\n"
         f"{known}\n\n"
-        "infer.py: Apache-2.0 (https://www.apache.org/licenses/LICENSE-2.0), part of compress-for-device.\n"
+        "infer.py and the sample programs: Apache-2.0 (LICENSES/Apache-2.0.txt), part of compress-for-device.\n"
         "Needed to run, not contained: onnxruntime (MIT), numpy (BSD-3-Clause).\n"
     )

@@ -9,6 +9,7 @@ from typing import Any
 from compressor.types import Measurement
 from targets.outcome import Row
 from targets.package.manifest import Manifest
+from targets.package.platforms import MAVEN, SWIFT, SWIFT_VERSION, runtime_of
 
 _SPACE = uuid.UUID("6f2b7f0a-3c49-5f0e-9f5e-6a1d3a1c9f54")  # ours, so that serial numbers are the same every time
 # SPDX identifiers that are written as such; everything else goes in as a plain name, which the format allows.
@@ -27,6 +28,7 @@ def bill_of_materials(manifest: Manifest, row: Row) -> dict[str, Any]:
     """The package, its model, its files and what it needs to run."""
     files = [_file(name, entry.sha256) for name, entry in manifest.files.items() if name != manifest.model.file]
     libraries = [_library(name, licence, manifest.versions) for name, licence in RUNTIME.items()]
+    runtimes = app_runtimes(manifest)
     return {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
         "bomFormat": "CycloneDX",
@@ -42,13 +44,35 @@ def bill_of_materials(manifest: Manifest, row: Row) -> dict[str, Any]:
                 "name": f"{manifest.name} for {manifest.profile}",
             },
         },
-        "components": [_model(manifest, row), *files, *libraries],
+        "components": [_model(manifest, row), *files, *libraries, *runtimes],
         "dependencies": [
-            {"ref": "package", "dependsOn": ["model", *(f"pypi:{name}" for name in RUNTIME)]},
+            {"ref": "package", "dependsOn": ["model", *(item["bom-ref"] for item in (*libraries, *runtimes))]},
             {"ref": "model"},
-            *({"ref": f"pypi:{name}"} for name in RUNTIME),
+            *({"ref": item["bom-ref"]} for item in (*libraries, *runtimes)),
         ],
     }
+
+
+def app_runtimes(manifest: Manifest) -> list[dict[str, Any]]:
+    """What the sample programs are linked with, as their build files name it."""
+    found: list[dict[str, Any]] = []
+    if "android" in manifest.platforms:
+        name, version, licence = MAVEN[runtime_of(manifest, "android")]
+        group, _, artifact = name.partition(":")
+        found.append(
+            _runtime(f"maven:{artifact}", artifact, f"pkg:maven/{group}/{artifact}@{version}", version, licence)
+        )
+    if "ios" in manifest.platforms:
+        url = f"pkg:swift/{SWIFT.removeprefix('https://')}@{SWIFT_VERSION}"
+        found.append(_runtime("swift:onnxruntime", "onnxruntime", url, SWIFT_VERSION, "MIT"))
+    if "cpp" in manifest.platforms:
+        found.append(_runtime("cpp:onnxruntime", "onnxruntime", "pkg:github/microsoft/onnxruntime", "", "MIT"))
+    return found
+
+
+def _runtime(reference: str, name: str, purl: str, version: str, licence: str) -> dict[str, Any]:
+    found = {"type": "library", "bom-ref": reference, "name": name, "scope": "optional", "purl": purl}
+    return found | ({"version": version} if version else {}) | {"licenses": licences(licence)}
 
 
 def licences(text: str | None) -> list[dict[str, Any]]:
@@ -98,9 +122,15 @@ def _model(manifest: Manifest, row: Row) -> dict[str, Any]:
 
 
 def _file(name: str, sha256: str) -> dict[str, Any]:
-    own = {"licenses": licences("Apache-2.0")} if name == "infer.py" else {}
+    ours = name == "infer.py" or (name.startswith(("cpp/", "android/", "ios/")) and not _is_data(name))
+    own = {"licenses": licences("Apache-2.0")} if ours else {}
     hashes = [{"alg": "SHA-256", "content": sha256}]
     return {"type": "file", "bom-ref": f"file:{name}", "name": name, "hashes": hashes, **own}
+
+
+def _is_data(name: str) -> bool:
+    """Model, rules, vocabulary and samples beside a sample program's sources."""
+    return any(f"/{folder}/" in f"/{name}" for folder in ("cpp/data", "src/main/assets", "Resources"))
 
 
 def _library(name: str, licence: str, versions: dict[str, str]) -> dict[str, Any]:

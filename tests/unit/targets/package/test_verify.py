@@ -1,0 +1,203 @@
+"""`verify`: changed files, false descriptions, wrong answers; sample programs that give the answers of infer.py."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from compressor.cli.app import app
+from compressor.errors import ConfigError, PackageError, TargetUnavailable
+from targets.package import infer, write_package
+from targets.package.archive import write_sums
+from targets.package.builds import build_cpp, find_sdk
+from targets.package.platforms import choose
+from targets.package.verify import Verdict, opened, verify
+
+Build = Callable[..., Path]
+
+
+@pytest.fixture
+def pack(tmp_path: Path) -> Build:
+    def make(case, *platforms: str) -> Path:
+        outcome, summary, info = case
+        return write_package(outcome, summary, info, tmp_path / "run" / "packages", platforms=platforms)
+
+    return make
+
+
+def described_again(folder: Path) -> None:
+    """Manifest and sums made true again after a change, so that the answers themselves have to tell."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name, entry in manifest["files"].items():
+        entry["sha256"] = infer.digest(folder / name)
+        entry["bytes"] = (folder / name).stat().st_size
+    bill = json.loads((folder / "sbom.cdx.json").read_text())
+    for item in bill["components"]:
+        name = manifest["model"]["file"] if item["bom-ref"] == "model" else item["name"]
+        if "hashes" in item:
+            item["hashes"][0]["content"] = manifest["files"][name]["sha256"]
+    (folder / "sbom.cdx.json").write_text(json.dumps(bill))
+    manifest["files"]["sbom.cdx.json"] = {
+        "sha256": infer.digest(folder / "sbom.cdx.json"),
+        "bytes": (folder / "sbom.cdx.json").stat().st_size,
+    }
+    path.write_text(json.dumps(manifest))
+    write_sums(folder)
+
+
+def test_a_true_package_passes_as_archive_and_as_folder(pictures, pack: Build) -> None:
+    archive = pack(pictures, "cpp", "android", "ios")
+    for place in (archive, archive.with_suffix("")):
+        with opened(place) as folder:
+            manifest, checks = verify(folder)
+        assert {check.name: check.verdict for check in checks} == {
+            "files": Verdict.PASSED,
+            "manifest": Verdict.PASSED,
+            "bill of materials": Verdict.PASSED,
+            "answers of `model.onnx`": Verdict.PASSED,
+        }
+    assert manifest.platforms == ("python", "cpp", "android", "ios")
+    bill = json.loads((archive.with_suffix("") / "sbom.cdx.json").read_text())
+    linked = {item["name"] for item in bill["components"] if item["type"] == "library"}
+    assert linked == {"onnxruntime", "numpy", "onnxruntime-android"}
+
+
+def test_packages_with_sample_programs_are_the_same_bytes(sentences, pack: Build) -> None:
+    first = pack(sentences, "cpp", "android", "ios").read_bytes()
+    assert pack(sentences, "ios", "cpp", "android", "cpp").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda folder: (folder / "model.onnx").write_bytes(b"other"), "model.onnx: is not the file"),
+        (lambda folder: (folder / "labels.txt").write_bytes(b"more"), "labels.txt: was not packed"),
+        (lambda folder: (folder / "NOTICE").unlink(), "NOTICE: is missing"),
+        (lambda folder: (folder / "manifest.json").write_text("{}"), "manifest_version: is None"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json: cannot be read"),
+        (lambda folder: (folder / "cpp/src/main.cc").write_text("int main() {}"), "cpp/src/main.cc: is not the file"),
+    ],
+)
+def test_a_changed_package_is_a_typed_error_that_names_the_file(pictures, pack: Build, change, words: str) -> None:
+    folder = pack(pictures, "cpp").with_suffix("")
+    change(folder)
+    with pytest.raises(PackageError, match=words):
+        verify(folder)
+
+
+def test_a_bill_that_names_another_model_is_refused(pictures, pack: Build) -> None:
+    folder = pack(pictures).with_suffix("")
+    path = folder / "sbom.cdx.json"
+    path.write_text(path.read_text().replace(infer.digest(folder / "model.onnx"), "0" * 64))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["sbom.cdx.json"] = {"sha256": infer.digest(path), "bytes": path.stat().st_size}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_sums(folder)
+    with pytest.raises(PackageError, match=r"lists `model\.onnx` with another SHA-256"):
+        verify(folder)
+
+
+def test_other_weights_fail_the_answers_though_every_digest_is_true(pictures, pack: Build) -> None:
+    folder = pack(pictures).with_suffix("")
+    model = onnx.load(str(folder / "model.onnx"))
+    weights = onnx.numpy_helper.to_array(model.graph.initializer[1]) * np.float32(1.01)
+    model.graph.initializer[1].CopyFrom(onnx.numpy_helper.from_array(weights, "v"))
+    onnx.save(model, str(folder / "model.onnx"))
+    described_again(folder)
+    checks = {check.name: check for check in verify(folder)[1]}
+    assert checks["answers of `model.onnx`"].verdict is Verdict.FAILED
+    assert "differs by 0.01" in checks["answers of `model.onnx`"].text
+
+
+def test_a_device_file_whose_runtime_is_elsewhere_is_said_to_be(engine, pack: Build) -> None:
+    checks = {check.name: check for check in verify(pack(engine).with_suffix(""))[1]}
+    assert checks["answers of `model.onnx`"].verdict is Verdict.PASSED
+    assert checks["answers of `device/student.engine`"].verdict in (Verdict.NOT_HERE, Verdict.FAILED)
+
+
+def test_what_is_no_package_is_refused(tmp_path: Path) -> None:
+    for make in (
+        lambda path: None,
+        lambda path: path.write_bytes(b"text"),
+        lambda path: zipfile.ZipFile(path, "w").close(),
+    ):
+        path = tmp_path / "some.zip"
+        make(path)
+        with pytest.raises(PackageError), opened(path):
+            pass
+
+
+def test_the_command_prints_checks_and_ends_with_their_verdict(pictures, pack: Build) -> None:
+    from typer.testing import CliRunner
+
+    archive = pack(pictures)
+    done = CliRunner().invoke(app, ["verify", str(archive), "--json"])
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["passed"]
+    (archive.with_suffix("") / "NOTICE").write_text("other")
+    refused = CliRunner().invoke(app, ["verify", str(archive.with_suffix(""))])
+    assert isinstance(refused.exception, PackageError)
+    assert refused.exception.exit_code == 2
+
+
+def test_platforms_are_chosen_by_name_and_by_target() -> None:
+    assert choose(["ios", "cpp", "cpp"], "onnxruntime-cpu") == ("python", "cpp", "ios")
+    assert choose([], "web") == ("python", "web")
+    with pytest.raises(ConfigError, match="unknown"):
+        choose(["windows"], "onnxruntime-cpu")
+    with pytest.raises(ConfigError, match="target web"):
+        choose(["web"], "onnxruntime-cpu")
+
+
+def test_the_sample_in_cpp_gives_the_answers_of_python(pictures, sentences, pack: Build, tmp_path: Path) -> None:
+    """Built once; then pictures and sentences, stored ones and new ones, against infer.py."""
+    try:
+        find_sdk()
+    except TargetUnavailable as error:
+        pytest.skip(f"{error}: {error.hint}")
+    folder = pack(pictures, "cpp").with_suffix("")
+    program = build_cpp(folder, tmp_path / "cpp", build_type="Debug")
+
+    def run(*words: str, package: Path) -> subprocess.CompletedProcess[str]:
+        command = [str(program), "--data", str(package / "cpp" / "data"), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    done = run("--self-check", package=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 samples, worst relative difference 0 " in done.stdout
+    pixels = np.random.default_rng(9).integers(0, 256, (31, 17, 3), np.uint8)
+    (tmp_path / "new.ppm").write_bytes(b"P6\n# made here\n17 31\n255\n" + pixels.tobytes())
+    assert shares(run(str(tmp_path / "new.ppm"), package=folder).stdout) == python(folder, str(tmp_path / "new.ppm"))
+    assert run("nothing.ppm", package=folder).returncode == 2
+    texts = pack(sentences, "cpp").with_suffix("")
+    done = run("--self-check", package=texts)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for text in ("Straße, ÉCOLE!? 中文", "[SEP] the film [MASK]", "한국 film ǅ İstanbul", "a" * 120 + " bad"):
+        assert shares(run(text, package=texts).stdout) == python(texts, text)
+    data = texts / "cpp" / "data" / "samples.bin"
+    data.write_bytes(data.read_bytes()[:-8] + b"\x7f" * 8)
+    assert run("--self-check", package=texts).returncode in (1, 2)
+
+
+def shares(text: str) -> dict[str, str]:
+    """Label to percentage from `  label 12.3 %  other 4.5 % ` on the second line."""
+    words = [part.rsplit(" ", 1) for part in text.splitlines()[1].split(" % ") if part.strip()]
+    return {label.strip(): share for label, share in words}
+
+
+def python(folder: Path, given: str) -> dict[str, str]:
+    """The same from infer.py's own code."""
+    package = infer.Package(folder)
+    session = package.session(None, False)
+    _, inputs = next(package.inputs_of(given))
+    names = [output.name for output in session.get_outputs()]
+    found = infer.answer(dict(zip(names, session.run(None, inputs), strict=True)), package.manifest, 5)
+    return {label: f"{100 * share:.1f}" for label, share in found["scores"].items()}
