@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 from compressor.data.types import DataBundle, labelled
 from compressor.distil.panel import Panel
 from compressor.errors import StageError
+from compressor.exits import early_exits
 from compressor.ledger import Event, Ledger, ignore_event
 from compressor.models.types import LoadedModel
-from compressor.profile import HardwareProfile
+from compressor.profile import HardwareProfile, QuantizationRules
 from compressor.recipe import DistilStage, PruneStage, QuantizeStage, Recipe, StudentStage
 from compressor.rounds import expanded
+from compressor.stages.exits import early_candidates
 from compressor.stages.export import export, onnx_teacher
 from compressor.stages.onnx_surgery import prune_onnx
+from compressor.stages.qat import qat_candidates
 from compressor.stages.quantization import int8_candidates
 from compressor.stages.run import Line, Run
 from compressor.stages.surgery import surgery
@@ -67,19 +70,22 @@ class Pipeline:
         panel: Panel | None = None,
         original: tuple[LoadedModel, DataBundle] | None = None,
         cost: tuple[str, Callable[[Any], float]] | None = None,
+        rules: QuantizationRules | None = None,
     ) -> None:
         """``original`` is the teacher with its own vocabulary, where ``model`` and ``data`` have a smaller one.
 
-        ``cost`` names and prices layer shapes for latency-aware pruning.
+        ``cost`` names and prices layer shapes for latency-aware pruning. ``rules``: what fake quantization trains for.
         """
         self.run = Run(recipe, model, data, ledger, round_to, on_event, panel)
         self.run.teacher_data = original[1] if original else None
+        self.run.rules = rules or self.run.rules
         if cost is not None:
             self.run.cost_name, self.run.cost = cost
         self.teacher_run = self.run
         if original is not None:
             self.teacher_run = Run(recipe, *original, ledger, round_to, on_event)
         self._teacher: Artifact | None = None
+        self._trained: tuple[Line, Line | None] | None = None  # student and null twin as modules
 
     def build(self) -> Built:
         """Teacher, student and null twin as checked fp32 ONNX files."""
@@ -93,7 +99,7 @@ class Pipeline:
             return Built(teacher, smaller, None, ())
         teacher, parity = export(self.teacher_run, self._start("teacher"))
         self._teacher = teacher
-        student, twin = self._lines(run)
+        student, twin = self._trained = self._lines(run)
         exported, more = export(run, student)
         parity += more
         twin_file = None
@@ -120,10 +126,26 @@ class Pipeline:
         return Pair(seed, exported, twin_file, tuple(ledger.results))
 
     def variants(self, student: Artifact, profile: HardwareProfile) -> tuple[tuple[Artifact, ...], Mapping[str, str]]:
-        """The int8 candidates of a profile, quantized once for equal rules, and what was not made. The promise of
-        accuracy refers to the teacher that :meth:`build` exported."""
+        """What may ship beside the fp32 file: the int8 candidates of a profile, and of each file one that leaves early
+        where the recipe wants it; and what was not made. The promise of accuracy refers to the teacher that
+        :meth:`build` exported."""
+        found, missing = self._quantized(student, profile)
+        if (wanted := early_exits(self.run.recipe)) is None:
+            return found, missing
+        early, why = early_candidates(self.run, wanted, (student, *found), self._teacher)
+        return (*found, *early), {**missing, **why}
+
+    def _quantized(self, student: Artifact, profile: HardwareProfile) -> tuple[tuple[Artifact, ...], Mapping[str, str]]:
+        """The int8 candidates, quantized once for equal rules."""
+        made: tuple[Artifact, ...] = ()
+        failed: Mapping[str, str] = {}
+        if self._trained is not None:
+            made, failed = qat_candidates(self.run, self._trained[0], student, profile)
         stage = next((stage for stage in self.run.recipe.stage if isinstance(stage, QuantizeStage)), None)
-        return ((), {}) if stage is None else int8_candidates(self.run, student, stage, profile, self._teacher)
+        if stage is None:
+            return made, failed
+        found, more = int8_candidates(self.run, student, stage, profile, self._teacher)
+        return (*made, *found), {**failed, **more}
 
     def _start(self, role: Role) -> Line:
         run = self.teacher_run if role == "teacher" else self.run

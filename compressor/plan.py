@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from compressor.config import suggestion
 from compressor.errors import Problem
+from compressor.exits import early_exits, exit_problems
 from compressor.profile import HardwareProfile
 from compressor.recipe import DistilStage, PruneStage, QuantizeStage, Recipe, StudentStage
 from compressor.rounds import round_problems
@@ -87,7 +88,9 @@ def _token_problems(recipe: Recipe) -> list[Problem]:
     for number, stage in enumerate(recipe.stage):
         where = f"stage.{number}.{stage.kind}"
         cuts = isinstance(stage, PruneStage) and stage.zeros is None
-        if dropped and (cuts or (isinstance(stage, DistilStage) and stage.cofi is not None)):
+        if dropped and (
+            cuts or (isinstance(stage, DistilStage) and (stage.cofi is not None or stage.supernet is not None))
+        ):
             problems.append(Problem(where, "cuts the model: it must stand before the tokens are dropped"))
         if isinstance(stage, StudentStage) and stage.drop_tokens:
             if dropped:
@@ -98,7 +101,7 @@ def _token_problems(recipe: Recipe) -> list[Problem]:
 
 def task_problems(recipe: Recipe, task: Task, positions: int | None = None) -> list[Problem]:
     """What in the recipe does not fit the task; ``positions``: the longest text the model takes."""
-    problems = _text2text_problems(recipe) if task in TEXT2TEXT else []
+    problems = (_text2text_problems(recipe) if task in TEXT2TEXT else []) + exit_problems(recipe, task)
     for number, stage in enumerate(recipe.stage):
         where = f"stage.{number}.{stage.kind}"
         if isinstance(stage, StudentStage) and stage.decoder_layers is not None and task not in TEXT2TEXT:
@@ -188,7 +191,15 @@ def steps_of(recipe: Recipe, kind: str) -> tuple[str, ...]:
             lines.append(
                 f"quantize, for each target's rules: {', '.join(stage.engines)}, {stage.samples} calibration samples"
             )
-    return (*lines, "per profile: compile, run, measure, gate, package")
+    return (*lines, *_exit_lines(recipe), "per profile: compile, run, measure, gate, package")
+
+
+def _exit_lines(recipe: Recipe) -> list[str]:
+    early = early_exits(recipe)
+    if early is None:
+        return []
+    how = "chosen on validation" if early.threshold is None else f"{early.threshold:g}"
+    return [f"exits: of each of these files one that stops at the first sure exit, threshold {how}"]
 
 
 def _distil_line(stage: DistilStage, null_twin: bool) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -69,6 +70,9 @@ class QuantizationRules(Frozen):
     opset: Annotated[int, Field(ge=13)] | None = None  # the smallest opset that the compiler maps whole
 
 
+STRICT = ("symmetric_activation", "quantize_bias", "weighted_only", "saturates", "reduce_range")
+
+
 class Constraints(Frozen):
     """What surgeries must respect."""
 
@@ -120,6 +124,20 @@ class HardwareProfile(Frozen):
         if not features or INT8_DOT_X86 & set(features) or not isinstance(rules, dict):
             return data
         return {**data, "quantization": {"saturates": True, "reduce_range": True, **rules}}
+
+
+def joint_rules(profiles: Sequence[HardwareProfile]) -> QuantizationRules:
+    """The strictest rules of all profiles: what is rounded by them has a form in which each of their targets takes it.
+
+    Signed and unsigned codes are the same grid, so the first profile's are named. Raises ``ValueError`` where some
+    targets take activations of 8 bits and others of 16.
+    """
+    rules = [profile.quantization for profile in profiles] or [QuantizationRules()]
+    if len({item.activation.endswith("16") for item in rules}) > 1:
+        raise ValueError("some of the profiles take 8-bit activations, others 16-bit ones")
+    strict = {name: any(getattr(item, name) for item in rules) for name in STRICT}
+    loose = {name: all(getattr(item, name) for item in rules) for name in ("int8", "per_channel", "dynamic")}
+    return rules[0].model_copy(update=strict | loose)
 
 
 def profile_folders() -> tuple[Path, ...]:

@@ -343,6 +343,7 @@ class QuantizeStage(Frozen):
     trials: Annotated[int, Field(ge=1)] = 16  # files that may be made and scored on validation for that
     weights: tuple[Literal["int8", "int4"], ...] = ()  # also weight-only files of MatMul (ONNX Runtime's MatMulNBits)
     group: Literal[16, 32, 64, 128, 256] = 32  # input rows that share a scale in them
+    floats: tuple[Literal["fp16", "bf16", "fp8"], ...] | Literal["auto"] = "auto"  # auto: those the profile takes
     weight_method: Literal["auto", "rtn", "scale-estimation", "gptq", "awq", "awq-gptq"] = (
         "auto"  # rtn: round to nearest; the others use calibration data. auto: int8 by rtn, int4 by the best measured
     )

@@ -24,9 +24,11 @@ from compressor.data.types import DataBundle
 from compressor.distil import trackers
 from compressor.distil.processes import is_main
 from compressor.errors import ConfigError, TargetUnavailable
+from compressor.exits import early_exits
 from compressor.ledger import Event, EventLog, Ledger, code_digest, digest_of
 from compressor.pipeline import Built, Pair, Pipeline
 from compressor.profile import HardwareProfile, load_profile, profile_names
+from compressor.rules import trained_rules
 from compressor.stages.training import follow, release
 from compressor.types import Array, write_atomic
 
@@ -59,8 +61,9 @@ def run_command(request: Request, *, remeasure: bool, as_json: bool, tracker: st
 
 def train_along(session: Session, ledger: Ledger) -> int:
     """A process that `accelerate launch` started beside the first one: it trains with it and writes nothing."""
-    channels = session.plan.channel_multiple
-    follow(Pipeline(session.recipe, session.model, session.data, ledger, round_to=channels, panel=session.panel).run)
+    channels, rules = session.plan.channel_multiple, trained_rules(session.recipe, session.profiles)
+    run = Pipeline(session.recipe, session.model, session.data, ledger, round_to=channels, panel=session.panel).run
+    follow(replace(run, rules=rules))
     return 0
 
 
@@ -107,6 +110,7 @@ def execute(
                 panel=session.panel,
                 original=session.original,
                 cost=layer_cost(session.recipe, session.profiles[0]),
+                rules=trained_rules(session.recipe, session.profiles),
             )
             built = pipeline.build()
         ledger.on_event = log
@@ -200,8 +204,9 @@ def _evaluation_data(session: Session, data: DataBundle) -> EvaluationData:
     from targets.trial import EvaluationData
 
     validation = data.splits["validation"]
-    step = max(1, len(validation) // 16)
-    samples = tuple(validation.batch(np.array([index])) for index in range(0, len(validation), step))[:16]
+    count = 16 if early_exits(session.recipe) is None else 64  # which exit a sample takes decides what it costs
+    step = max(1, len(validation) // count)
+    samples = tuple(validation.batch(np.array([index])) for index in range(0, len(validation), step))[:count]
     return EvaluationData(
         task=session.model.task,
         validation=SplitEvalSet(validation),

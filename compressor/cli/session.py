@@ -366,5 +366,5 @@ def _variant_names(
     from compressor.models.onnx_facts import describe
     from compressor.quantize import variants
 
-    wanted, rejected = variants(stage, profile.quantization, describe(model.onnx))
+    wanted, rejected = variants(stage, profile.quantization, describe(model.onnx), profile.constraints.precisions)
     return tuple(item.name for item in wanted), rejected

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +16,11 @@ from compressor.data.types import DataBundle
 from compressor.distil import checkpoint
 from compressor.distil.panel import Panel
 from compressor.distil.result import DistilResult, OnEvent, ignore
-from compressor.distil.setup import Score, Setup, seed_of, validation_accuracy
+from compressor.distil.setup import Setup, seed_of
 from compressor.distil.training import Progress, Training
+from compressor.distil.validation import Score, validation_accuracy
 from compressor.models import rebuild
+from compressor.profile import QuantizationRules
 from compressor.recipe import DistilStage
 from compressor.types import LayerFact
 
@@ -43,6 +45,8 @@ def distil(
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     panel: Panel | None = None,
     round_to: int = 1,
+    cost: Callable[[Any], float] | None = None,
+    rules: QuantizationRules | None = None,
 ) -> DistilResult:
     """Train ``student`` in place on labels and on ``teacher``.
 
@@ -63,6 +67,8 @@ def distil(
         checkpoint_seconds: a checkpoint is written at every epoch's end and when this much time has passed.
         panel: several teachers, or views of their own; ``teacher`` is the module of its first.
         round_to: the device's multiple of channels and neurons, for masks that learn which of them go.
+        cost: milliseconds of a layer's shape, for a super-net's budget.
+        rules: what the device's int8 takes, for fake quantization (``config.qat``).
 
     Raises:
         ConfigError: an objective does not exist, has wrong options, or asks for signals that are not there.
@@ -73,7 +79,8 @@ def distil(
         student, teacher, data, config, seed, Path(bank), teacher_digest, dict(signals), labels_only, on_event
     )
     setup.panel = None if labels_only else panel
-    setup.round_to = round_to
+    setup.round_to, setup.cost = round_to, cost
+    setup.rules = rules or QuantizationRules()
     path = Path(work) / CHECKPOINT
     Path(work).mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressor.data.types import DataBundle, Split
+from compressor.data.types import DataBundle
 from compressor.distil import activations, checkpoint, ensemble, lengths, optim, passes, precision, teachers
 from compressor.distil.augment import augment
 from compressor.distil.bank import BankKey, Layout
@@ -31,24 +31,26 @@ from compressor.distil.precision import Numerics
 from compressor.distil.processes import Processes
 from compressor.distil.result import OnEvent
 from compressor.distil.rollouts import OnPolicy
+from compressor.distil.rounding import Rounding, calibration, install
 from compressor.distil.step import Parts
 from compressor.distil.strategies.choosing import Choosing
 from compressor.distil.strategies.draws import Stream
-from compressor.distil.stream import UNLABELLED, TrainingSet
+from compressor.distil.stream import TrainingSet
+from compressor.distil.supernet import supernet_of
 from compressor.distil.teachers import CacheDecision, CachedTeacher, NoTeacher, OnlineTeacher, TeacherSource
 from compressor.distil.terms import Weighted, build, offered_fields
 from compressor.distil.top import TopTap
+from compressor.distil.validation import PLAIN
 from compressor.errors import StageError
 from compressor.models.signals import SignalTap, available, output_mask
+from compressor.profile import QuantizationRules
 from compressor.recipe import DistilStage
 from compressor.schedule import Schedule
 from compressor.strategy import MixupStrategy
 from compressor.types import Array
 
-PLAIN = Numerics("fp32", channels_last=False)
 PROBE_SAMPLES = 4  # samples of the batch that shows the shapes of the signals
 
-Score = Callable[[nn.Module], float]
 TeacherTap = SignalTap | TopTap | PanelTap
 
 
@@ -85,13 +87,17 @@ class Setup:
         self.held_out: Pass | None = None
         self.panel: Panel | None = None
         self.masking: Masking = NoMasking()
+        self.cost: Callable[[Any], float] | None = None  # of a layer's shape, for budgets in milliseconds
         self.round_to = 1  # multiple of channels, neurons and hidden dimensions that learnt masks leave
+        self.rules = QuantizationRules()  # of the device, for fake quantization
+        self.rounding = Rounding()
 
     def fingerprint(self) -> str:
         """SHA-256 over everything the trained student depends on."""
         facts = [self.config.model_dump(mode="json"), self.seed, self.labels_only, self.teacher_digest, self.mapping]
         facts += [self.panel.facts()] if self.panel is not None else []
         facts += [self.round_to] if self.config.cofi is not None else []
+        facts += [self.rules.model_dump(mode="json")] if self.config.qat is not None else []
         text = json.dumps([*facts, self.data.digest, checkpoint.state_digest(self.student)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -139,6 +145,9 @@ class Setup:
             self.round_to,
             prepared.optimizer,
         )
+        if self.config.supernet is not None:
+            shared = supernet_of(self, names, weighted, teacher_tap)
+            self.masking, step_tap = shared, shared.tap
         # the null twin draws at random where the student's own losses choose
         losses = None if self.labels_only else self.choosing.losses(self.data, source, cached="logits" in layouts)
         parts = Parts(
@@ -213,6 +222,10 @@ class Setup:
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(self.seed, "heads"))
             self.changes.install(self.student.eval(), self._example())
+        if self.config.qat is not None:
+            held = TrainingSet([self.splits["calibration"]]) if self.splits.get("calibration") else self.data
+            batches = partial(calibration, held, self.config.qat.samples, partial(PLAIN.place, device=self.device))
+            self.rounding = install(self.student, self.config.qat, self.rules, self._example(), batches)
         self.student.to(self.device)
 
     def _untaught(self) -> list[Weighted]:
@@ -270,8 +283,9 @@ class Setup:
         """Settle the parts in the student; what the checkpoint keeps of them."""
         self.changes.commit(self.student.eval(), self.held_out)
         done = self.masking.commit(self.student, self._example)
-        facts = [asdict(fact) for fact in (*self.changes.facts, *done.facts)]
-        return {"record": json.dumps([*self.changes.record, *done.steps]), "facts": json.dumps(facts)}
+        facts = [asdict(fact) for fact in (*self.changes.facts, *self.rounding.facts, *done.facts)]
+        steps = [*self.changes.record, *self.rounding.steps, *done.steps]
+        return {"record": json.dumps(steps), "facts": json.dumps(facts)}
 
     def _example(self) -> dict[str, Tensor]:
         """Model inputs of a few samples."""
@@ -313,9 +327,8 @@ class Setup:
         if state is not None:
             return Numerics(state["precision"], state["channels_last"])
         positions = self.data.order(0, self.config.batch, seed_of(self.seed, "order"))[0]
-        found = precision.decide(
-            self.config.precision, self.student, self._load(PLAIN, positions, 0), self.device, self.bank
-        )
+        wanted = "fp32" if self.config.qat is not None else self.config.precision  # codes are exact in float32 alone
+        found = precision.decide(wanted, self.student, self._load(PLAIN, positions, 0), self.device, self.bank)
         bf16 = self.processes.agreed(np.array([found.dtype == "bf16"]))[0]  # timed, so processes might differ
         found = replace(found, dtype="bf16" if bf16 else "fp32")
         self.on_event("precision", {"dtype": found.dtype, "channels_last": found.channels_last})
@@ -364,25 +377,6 @@ class Setup:
         shown = ", ".join(f"{m.teacher.name} {float(w):.3f}" for m, w in zip(tap.joined, base, strict=True))
         self.on_event("note", {"text": f"weights of the teachers ({tap.panel.weights}): {shown}"})
         return ensemble.Ensemble(tap, found, base, seed_of(self.seed, "teachers"))
-
-
-def validation_accuracy(split: Split | None, device: Any, on_event: OnEvent) -> Score | None:
-    """Share of labelled validation samples the module gets right; None when there are no labels to judge by."""
-    if split is None or split.labels is None or len(split) == 0:
-        on_event("note", {"text": "patience needs a score or labelled validation samples; training all epochs"})
-        return None
-    held = TrainingSet([split])
-
-    def accuracy(module: nn.Module) -> float:
-        with torch.no_grad():
-            right = 0
-            for start in range(0, len(held), 256):
-                positions = np.arange(start, min(start + 256, len(held)))
-                guess = module(**PLAIN.place(held.batch(positions), device)).argmax(-1).cpu().numpy()
-                right += int((guess == held.labels[positions]).sum())
-            return right / int((held.labels != UNLABELLED).sum())
-
-    return accuracy
 
 
 def seed_of(seed: int, purpose: str) -> int:

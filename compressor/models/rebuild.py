@@ -20,7 +20,11 @@ Steps:
 - ``{"op": "mask", "tensor": "conv1.weight", "pattern": "2:4"}``: zeros that stay zero, see
   :mod:`compressor.models.sparse`;
 - ``{"op": "tokens", "score": "attention", "drops": [{"block": "encoder.layer.2", "keep": 64}], "readers": {}}``: tokens
-  that go no further, see :mod:`compressor.models.tokens`.
+  that go no further, see :mod:`compressor.models.tokens`;
+- ``{"op": "fold", "module": "conv1", "norm": "bn1"}``: a batch norm went into the layer before it, see
+  :mod:`compressor.models.placement`;
+- ``{"op": "round", "module": "conv1", "precision": "int8", ...}``: the layer rounds, see
+  :mod:`compressor.models.fakequant`.
 """
 
 from __future__ import annotations
@@ -69,6 +73,7 @@ def apply(module: nn.Module, record: Record) -> None:
             if step["op"] == "cut":
                 _cut(module, step["tensor"], int(step["axis"]), indices_of(step["keep"]), touched)
             elif step["op"] == "drop":
+                _sync(module, touched)  # afterwards elements have other names
                 keep_elements(module.get_submodule(step["container"]), [int(index) for index in step["keep"]])
             elif step["op"] == "set":
                 _set(module.get_submodule(step["module"]), step["attribute"], step["value"])
@@ -76,7 +81,7 @@ def apply(module: nn.Module, record: Record) -> None:
                 heads.replace_head(module, step)
             elif step["op"] == "exits":
                 heads.add_exits(module, step)
-            elif step["op"] in ("ids", "factorise", "silence", "mask", "tokens"):
+            elif step["op"] in ("ids", "factorise", "silence", "mask", "tokens", "fold", "round"):
                 _replace(module, step)
             else:
                 raise ValueError(f"unknown step `{step['op']}`")
@@ -85,8 +90,13 @@ def apply(module: nn.Module, record: Record) -> None:
                 f"step {number} of the structure record does not fit the model: {error}",
                 hint="A record can only be replayed on the teacher that it was made from.",
             ) from error
+    _sync(module, touched)
+
+
+def _sync(module: nn.Module, touched: set[str]) -> None:
     for name in sorted(touched):
         sync_sizes(module.get_submodule(name))
+    touched.clear()
 
 
 def _replace(module: nn.Module, step: Mapping[str, Any]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
 
 from compressor.errors import StageError, sdk_errors
 from compressor.ledger import StageOutput, code_digest
@@ -22,12 +24,12 @@ if TYPE_CHECKING:
 BATCH = 64  # samples scored at once
 
 
-def calibration_of(run: Run, stage: QuantizeStage) -> tuple[Calibration, str]:
+def calibration_of(run: Run, samples: int) -> tuple[Calibration, str]:
     """The calibration data as the quantizer reads it, one sample at a time, and a record of how it was chosen."""
     from compressor.quantize.calibration import choose
 
     split = run.data.splits["calibration"]
-    chosen = choose(split.labels, len(split), stage.samples)
+    chosen = choose(split.labels, len(split), samples)
 
     def calibration() -> Iterator[Inputs]:
         for position in range(len(chosen.index)):
@@ -51,7 +53,7 @@ def mixed_candidate(
     bases = [(variant, artifact) for variant, artifact in made if variant.engine == "onnxruntime"]
     if not bases:
         return None, "layers can be put back only in files of ONNX Runtime's quantizer"
-    scorer = _Scorer(run, teacher or student)
+    scorer = Scorer(run, teacher or student)
     floor = scorer.baseline - drop
     scores = {variant.name: scorer(artifact) for variant, artifact in made}
     if max(scores.values()) >= floor - 1e-9:
@@ -82,7 +84,7 @@ def _stored(
     variant: Variant,
     stage: QuantizeStage,
     rules: QuantizationRules,
-    scorer: _Scorer,
+    scorer: Scorer,
     floor: float,
 ) -> Artifact:
     key = {
@@ -101,7 +103,7 @@ def _stored(
     def work(folder: Path) -> StageOutput:
         from compressor.quantize.promise import restore
 
-        calibration, record = calibration_of(run, stage)
+        calibration, record = calibration_of(run, stage.samples)
         cache, out = run.ledger.cache / "ranges", folder / MODEL_FILE
         found = restore(student, variant, rules, calibration, scorer, floor, out, cache=cache, trials=stage.trials)
         scheme = {**found.artifact.scheme, "precision": found.artifact.precision, "calibrated on": record}
@@ -123,7 +125,7 @@ def _stored(
     )  # fmt: skip
 
 
-class _Scorer:
+class Scorer:
     """The task metric of ONNX files on the validation split, in ONNX Runtime on this machine."""
 
     def __init__(self, run: Run, reference: Artifact) -> None:
@@ -134,33 +136,49 @@ class _Scorer:
         self.teacher_data = SplitEvalSet((run.teacher_data or run.data).splits["validation"])
         self.known: dict[str, float] = {}
         self.reference = self._outputs(reference)
-        self.baseline = self._score(self.reference)
+        self.baseline = self.score_of(self.reference)
 
     def __call__(self, artifact: Artifact) -> float:
         if artifact.digest not in self.known:
-            self.known[artifact.digest] = self._score(self._outputs(artifact))
+            self.known[artifact.digest] = self.score_of(self._outputs(artifact))
         return self.known[artifact.digest]
 
-    def _score(self, outputs: Array) -> float:
+    def score_of(self, outputs: Array) -> float:
+        """The metric of the model's first output on validation, as a number that grows with quality."""
         from compressor.evaluate import quality, score, unit_of
 
         found = score(self.task, outputs, self.data.labels, self.reference, self.names)
         return quality(found, unit_of(self.task))
 
     def _outputs(self, artifact: Artifact) -> Array:
-        import onnxruntime
-
         from compressor.evaluate import batch_size, predict
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
         with sdk_errors(StageError, f"score `{artifact.name}` on validation", hint="Does the file run here?"):
-            session = onnxruntime.InferenceSession(str(artifact.path), options, providers=["CPUExecutionProvider"])
-            names = [output.name for output in session.get_outputs()]
-
-            def call(inputs: Inputs) -> Mapping[str, Any]:
-                return dict(zip(names, session.run(names, dict(inputs)), strict=True))
-
+            call = _session(artifact)
             data = self.teacher_data if artifact.role == "teacher" else self.data
             size = batch_size(self.task, artifact.outputs[0].shape[-1], BATCH)
             return predict(call, data, size, specs=artifact.inputs, task=self.task)
+
+    def all_outputs(self, artifact: Artifact) -> dict[str, Array]:
+        """Every output of a student's file on validation, by name, the first one first."""
+        from compressor.evaluate import fill_batch, fit_inputs, fixed_batch
+
+        static, parts = fixed_batch(artifact.inputs), list[Mapping[str, Array]]()
+        with sdk_errors(StageError, f"run `{artifact.name}` on validation", hint="Does the file run here?"):
+            call = _session(artifact)
+            for inputs, _ in self.data.batches(static or BATCH):
+                count = len(next(iter(inputs.values())))
+                made = call(fill_batch(fit_inputs(inputs, artifact.inputs), static))
+                parts.append({name: array[:count] for name, array in made.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _session(artifact: Artifact) -> Callable[[Inputs], Mapping[str, Any]]:
+    """A file in ONNX Runtime, as a function of its inputs."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(artifact.path), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return lambda inputs: dict(zip(names, session.run(names, dict(inputs)), strict=True))

@@ -30,7 +30,7 @@ def int8_candidates(
     from compressor.models.onnx_facts import describe
     from compressor.quantize import variants
 
-    wanted, rejected = variants(stage, profile.quantization, describe(student.path))
+    wanted, rejected = variants(stage, profile.quantization, describe(student.path), profile.constraints.precisions)
     made: dict[str, tuple[Variant, Artifact]] = {}
     failed: dict[str, str] = dict(rejected)
     for variant in wanted:
@@ -39,9 +39,10 @@ def int8_candidates(
         except StageError as error:
             failed[variant.name] = str(error)
     found = tuple(artifact for _, artifact in made.values())
-    if stage.restore == "never" or not made:
+    integer = tuple(pair for pair in made.values() if pair[0].kind != "float")
+    if stage.restore == "never" or not integer:
         return found, failed
-    mixed, why = mixed_candidate(run, student, stage, profile.quantization, tuple(made.values()), teacher)
+    mixed, why = mixed_candidate(run, student, stage, profile.quantization, integer, teacher)
     if mixed is None:
         return found, {**failed, **({"int8-mixed-ort": why} if why else {})}
     return (*found, mixed), failed
@@ -75,7 +76,7 @@ def _quantize_to(
 ) -> StageOutput:
     from compressor.quantize import quantize
 
-    calibration, record = calibration_of(run, stage)
+    calibration, record = calibration_of(run, stage.samples)
     made = quantize(student, variant, rules, calibration, folder / MODEL_FILE, cache=run.ledger.cache / "ranges")
     scheme = {**made.scheme, "precision": made.precision, "calibrated on": record}
     (folder / "scheme.json").write_text(json.dumps(scheme, indent=1))

@@ -16,6 +16,7 @@ from compressor.distil.panel import Panel
 from compressor.errors import StageError
 from compressor.ledger import Event, Ledger, ignore_event
 from compressor.models.types import LoadedModel
+from compressor.profile import QuantizationRules
 from compressor.recipe import Recipe
 from compressor.stages.batches import Batches, tensors
 from compressor.types import TEXT2TEXT, Inputs, Role, TensorSpec
@@ -55,6 +56,9 @@ class Run:
     cost: Callable[[Any], float] | None = None  # of a layer's shape, for latency-aware pruning; else operations
     cost_name: str = "operations"
     before: Line | None = None  # the student of the round before, where it is the teacher
+    rules: QuantizationRules = field(
+        default_factory=QuantizationRules
+    )  # of fake quantization
     teacher_data: DataBundle | None = None  # as the teacher's own file takes it, where the student's vocabulary differs
 
     @cached_property

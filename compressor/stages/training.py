@@ -36,7 +36,7 @@ def distil(run: Run, line: Line, stage: DistilStage, *, labels_only: bool, taugh
 
     if not labels_only and (stage.rounds > 1 or stage.labels == "estimate"):
         return in_rounds(run, line, stage, distil)
-    taught = taught or run
+    taught = taught or _qat_teacher(run, line, stage, labels_only)
     config = stage.model_dump(mode="json")
     if labels_only:  # what only the teacher's terms use must not make a new twin
         config = {
@@ -57,15 +57,23 @@ def distil(run: Run, line: Line, stage: DistilStage, *, labels_only: bool, taugh
         "data": {name: run.data.digests[name] for name in sorted(run.data.digests) if name not in {"test", "fresh"}},
         "seed": run.recipe.seed,
         **({"round_to": run.round_to} if stage.cofi is not None else {}),
+        **({"cost": run.cost_name} if stage.supernet is not None and stage.supernet.budget.latency_ms else {}),
+        **({"rules": run.rules.model_dump(mode="json")} if stage.qat is not None else {}),
         "code": code_digest(
             "distil",
             "masks",
+            "models/shapes",
+            "search",
+            "models/fakequant",
             "models/heads",
             "models/patterns",
+            "models/placement",
+            "models/quantizers",
             "models/signals",
             "models/silent",
             "models/sparse",
             "models/structure",
+            "qat",
             "schedule",
             "strategy",
         ),
@@ -76,6 +84,13 @@ def distil(run: Run, line: Line, stage: DistilStage, *, labels_only: bool, taugh
     )
     record = json.loads((result.folder / RECORD_FILE).read_text())  # objectives may have left parts in the student
     return Line(line.role, result.key, run.stored_module(result.folder), record)
+
+
+def _qat_teacher(run: Run, line: Line, stage: DistilStage, labels_only: bool) -> Run:
+    """The run whose teacher is the student as it enters a stage of fake quantization, where the recipe asks for it."""
+    if labels_only or stage.qat is None or stage.qat.teacher == "original":
+        return run
+    return replace(with_teacher(run, line.load(), line.key), before=line)
 
 
 def _train(run: Run, line: Line, stage: DistilStage, folder: Path, *, labels_only: bool) -> StageOutput:
@@ -172,6 +187,8 @@ def _fit(
         on_event=on_event,
         panel=run.panel,
         round_to=run.round_to,
+        cost=run.cost,
+        rules=run.rules,
     )
     if stage.lora is not None:
         lora.merge(student)
