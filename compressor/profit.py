@@ -35,7 +35,7 @@ def _round_problems(recipe: Recipe) -> list[Problem]:
         before = recipe.stage[position - 1]
         if not isinstance(stage, DistilStage) or not isinstance(before, PruneStage) or before.rounds == 1:
             continue
-        for name in ("masks", "cofi", "sparse_update"):
+        for name in ("masks", "cofi", "supernet", "sparse_update"):
             if getattr(stage, name) is not None:
                 what = f"cannot be cut into the {before.rounds} rounds of stage {position - 1}: give it a later stage"
                 problems.append(Problem(f"stage.{position}.distil.{name}", what))
@@ -46,7 +46,7 @@ def _order_problems(recipe: Recipe, first: int) -> list[Problem]:
     problems = []
     for position, stage in enumerate(recipe.stage[first + 1 :], first + 1):
         cuts = isinstance(stage, StudentStage) or (isinstance(stage, PruneStage) and stage.zeros is None)
-        asked = ("cofi", "lora", "sparse_update") if isinstance(stage, DistilStage) else ()
+        asked = ("cofi", "supernet", "lora", "sparse_update") if isinstance(stage, DistilStage) else ()
         keys = [f".{name}" for name in asked if getattr(stage, name) is not None] or ([""] if cuts else [])
         what = f"comes after stage {first} made zeros, whose pattern it would destroy: put it before"
         problems += [Problem(f"stage.{position}.{stage.kind}{key}", what) for key in keys]
@@ -60,7 +60,7 @@ def _speed_problems(recipe: Recipe, profiles: Sequence[HardwareProfile], zeros: 
     smaller = any(
         isinstance(stage, StudentStage)
         or (isinstance(stage, PruneStage) and stage.zeros is None)
-        or (isinstance(stage, DistilStage) and stage.cofi is not None)
+        or (isinstance(stage, DistilStage) and (stage.cofi is not None or stage.supernet is not None))
         for stage in recipe.stage
     )
     quantized = any(isinstance(stage, QuantizeStage) for stage in recipe.stage)

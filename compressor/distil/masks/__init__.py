@@ -51,6 +51,10 @@ def mask_problems(stage: DistilStage, where: str, module: nn.Module, example: Ma
 
         found = problems_of(module, stage.masks.zeros, stage.masks.protect)
         return [Problem(f"{where}.masks.{item.where}", item.what) for item in found]
+    if stage.supernet is not None:
+        from compressor.distil.supernet.problems import supernet_problems
+
+        return supernet_problems(stage, where, module, example)
     if stage.cofi is None:
         return []
     from compressor.distil.masks.gates import plan_gates

@@ -176,7 +176,8 @@ class MiniLmRelations(SignalObjective):
     Paper: Wang et al., "MiniLMv2: Multi-Head Self-Attention Relation Distillation for Compressing Pretrained
     Transformers", 2021 (methods F1).
     Defaults: last layers of both; `heads` 0 takes the larger of the two head counts that divides both widths, else
-    their greatest common divisor; `compare` "mse" is AutoDistil's (methods N2); `part` chooses the side of an encoder-decoder model. Base models of the paper use 48.
+    their greatest common divisor; `part` chooses the side of an encoder-decoder model. Base models of the paper use 48.
+    `compare` "mse" takes the squared error of the relations, as AutoDistil does (methods N2).
     When: transformer students of another width or depth, task-agnostic distillation.
     Worked number: teacher [[1,0,2,1],[0,1,1,-1],[2,2,0,0]], student [[.5,1],[1,0],[1,2]], A = 2: 0.555465 a relation.
     """
