@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import zipfile
@@ -17,7 +18,7 @@ from compressor.errors import ConfigError, PackageError, TargetUnavailable
 from targets.package import infer, write_package
 from targets.package.archive import write_sums
 from targets.package.builds import build_cpp, find_sdk
-from targets.package.platforms import choose
+from targets.package.platforms import APPS, MAVEN, SWIFT, SWIFT_VERSION, choose
 from targets.package.verify import Verdict, opened, verify
 
 Build = Callable[..., Path]
@@ -146,6 +147,31 @@ def test_the_command_prints_checks_and_ends_with_their_verdict(pictures, pack: B
     refused = CliRunner().invoke(app, ["verify", str(archive.with_suffix(""))])
     assert isinstance(refused.exception, PackageError)
     assert refused.exception.exit_code == 2
+
+
+def test_the_projects_pin_what_the_bill_of_materials_names(pictures, pack: Build) -> None:
+    assert f'url: "{SWIFT}", exact: "{SWIFT_VERSION}"' in (APPS / "ios" / "Package.swift").read_text()
+    folder = pack(pictures, "android").with_suffix("") / "android" / "app"
+    name, version, _ = MAVEN["onnxruntime"]
+    assert f'implementation("{name}:{version}")' in (folder / "build.gradle.kts").read_text()
+    sources = {path.name for path in (folder / "src/main/java/compress/sample").iterdir()}
+    assert "OnnxRunner.kt" in sources
+    assert "LiteRtRunner.kt" not in sources
+    assets = {path.name for path in (folder / "src/main/assets").iterdir()}
+    assert assets == {"model.onnx", "settings.tsv", "samples.tsv", "samples.bin"}
+
+
+def test_a_tflite_model_gives_an_android_project_with_litert(engine, pack: Build) -> None:
+    outcome, summary, info = engine
+    row = outcome.rows[0]
+    path = row.compiled.path.with_suffix(".tflite")
+    path.write_bytes(b"a file for LiteRT")
+    row = dataclasses.replace(row, compiled=dataclasses.replace(row.compiled, path=path, extra_files=()))
+    made = (dataclasses.replace(outcome, rows=(row,), target="litert"), summary, info)
+    folder = pack(made, "android").with_suffix("") / "android" / "app"
+    assert MAVEN["litert"][0] in (folder / "build.gradle.kts").read_text()
+    assert "LiteRtRunner(source" in (folder / "src/main/java/compress/sample/ModelRunner.kt").read_text()
+    assert (folder / "src/main/assets/student.tflite").read_bytes() == b"a file for LiteRT"
 
 
 def test_platforms_are_chosen_by_name_and_by_target() -> None:

@@ -1,0 +1,22 @@
+// swift-tools-version: 5.9
+import PackageDescription
+
+let package = Package(
+    name: "PackagedModel",
+    platforms: [.iOS(.v15), .macOS(.v13)],
+    products: [
+        .library(name: "PackagedModel", targets: ["PackagedModel"]),
+    ],
+    dependencies: [
+        .package(url: "https://github.com/microsoft/onnxruntime-swift-package-manager", exact: "1.24.2"),
+    ],
+    targets: [
+        .target(
+            name: "PackagedModel",
+            dependencies: [.product(name: "onnxruntime", package: "onnxruntime-swift-package-manager")],
+            resources: [.copy("Resources")]
+        ),
+        .executableTarget(name: "infer", dependencies: ["PackagedModel"]),
+        .testTarget(name: "PackagedModelTests", dependencies: ["PackagedModel"]),
+    ]
+)
