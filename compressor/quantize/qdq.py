@@ -85,7 +85,8 @@ def _raised(model: ModelProto, wanted: int) -> ModelProto:
         return model
     with sdk_errors(StageError, f"raise the model to opset {wanted}", hint=HINT):
         made: ModelProto = onnx.version_converter.convert_version(model, wanted)
-    made.ir_version = max(made.ir_version, helper.find_min_ir_version_for(list(made.opset_import)))
+    standard = helper.make_opsetid("", opset_of(made))
+    made.ir_version = max(made.ir_version, helper.find_min_ir_version_for([standard]))
     return made
 
 
@@ -210,7 +211,7 @@ def _rows_first(node: NodeProto) -> bool:
 
 
 def _laid_out(layer: RoundedLayer, zero: Array, first: bool) -> tuple[Array, Array]:
-    """Scales and zero points in the shape that the operator reads: (), (C), or blocks of the weight as it lies there."""
+    """Scales and zero points as the operator reads them: (), (C), or a value a block of the weight as it lies there."""
     scale = layer.scale.astype(np.float32)
     if not layer.per.isdigit():
         return (scale, zero) if len(scale) > 1 else (np.asarray(scale[0]), np.ravel(zero)[0])
