@@ -95,6 +95,11 @@ class LayerFact:
     reason: str = ""
 
 
+def stand_in_path(path: Path) -> Path:
+    """Where the emulation of a file lies that ONNX Runtime does not run as the device does (float16, float8)."""
+    return path.with_suffix(".emulated.onnx")
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A model file that could ship.

@@ -33,6 +33,7 @@ from targets.outcome import Promise, Row, State
 
 TIE = 0.05  # what two measurements of the same file may differ by on a shared machine (tools/repeatability.py)
 LEAST_COVERAGE = 0.5
+HALVES = ("fp16", "bf16")  # float files: no kernel of theirs counts as quantized
 MIB = 2**20
 ROUNDING = 1e-9  # a drop of exactly the limit is inside it
 
@@ -143,7 +144,7 @@ def _slower(row: Row, other: Row, words: str) -> list[Miss]:
 
 def _thin_coverage(row: Row) -> list[Miss]:
     coverage = row.coverage
-    if coverage is None or not coverage.total or coverage.quantized / coverage.total >= LEAST_COVERAGE:
+    if row.artifact.precision in HALVES or coverage is None or not coverage.total or coverage.quantized / coverage.total >= LEAST_COVERAGE:
         return []
     return [
         Miss(f"likely slower than fp32 (not measured): {explain(coverage)}", 1 - coverage.quantized / coverage.total)

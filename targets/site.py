@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from compressor.machine import usable_cores
 from compressor.profile import HardwareProfile, Runtime
-from compressor.types import Artifact, Origin
+from compressor.types import Artifact, Origin, stand_in_path
 from targets import registry
 from targets.base import Compiled, Ready, Session, TargetBackend
 from targets.outcome import State
@@ -35,8 +35,9 @@ class Site:
 
 
 def portable(artifact: Artifact) -> Compiled:
-    """The artifact's own file as something to open."""
-    return Compiled(path=artifact.path, artifact=artifact, placed=0)
+    """The artifact's own file as something to open, or the emulation that stands beside it."""
+    emulation = stand_in_path(artifact.path)
+    return Compiled(path=emulation if emulation.is_file() else artifact.path, artifact=artifact, placed=0)
 
 
 def find_site(profile: HardwareProfile, backend: TargetBackend, ready: Ready) -> Site | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -134,3 +135,11 @@ def run(path: Path, inputs: dict[str, Array]) -> Array:
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return session.run(None, inputs)[0]
+
+
+def run_model(model: onnx.ModelProto) -> Callable[[dict[str, Array]], Array]:
+    """The first output of a model in memory."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return lambda inputs: session.run(None, inputs)[0]

@@ -22,12 +22,13 @@ from compressor.quantize.adjust.equalise import equalise
 from compressor.quantize.checks.lint import lint
 from compressor.quantize.checks.saturation import saturation_facts
 from compressor.quantize.coverage import layer_facts
+from compressor.quantize.floats import make_float
 from compressor.quantize.nncf_weights import compress_weights
 from compressor.quantize.prepare import prepare
 from compressor.quantize.variants import Variant
 from compressor.quantize.watch import Calibration, chunks
 from compressor.quantize.weights import quantize_weights
-from compressor.types import Array, Artifact, Inputs, LayerFact, file_digest
+from compressor.types import Array, Artifact, Inputs, LayerFact, file_digest, stand_in_path
 
 
 def quantize(
@@ -58,19 +59,28 @@ def quantize(
         raise StageError(f"`{source.name}` has no float32 weights to quantize", hint="Give the fp32 export.")
     made = _engine(model, variant, rules, calibration, cache, keep_float or {})
     _restore(made.result, original)
-    _refuse(lint(made.result, rules), variant)
+    if variant.kind != "float":  # the rules are those of the target's int8
+        _refuse(lint(made.result, rules), variant)
     save_model(made.result, out)
+    runs = stand_in_path(out) if made.stand_in is not None else out
     try:
-        agreement = _prove(source.path, out, calibration)
+        if made.stand_in is not None:
+            save_model(made.stand_in, runs)
+        agreement = _prove(source.path, runs, calibration)
     except StageError:
         out.unlink(missing_ok=True)
+        runs.unlink(missing_ok=True)
         raise
-    layers = layer_facts(model, made.result, made.skip, variant.operators, f"int{variant.bits}")
+    layers = () if variant.kind == "float" else _layers(model, made, variant)
     facts = (*made.facts, *layers)  # what became of a layer stands last
-    if rules.saturates:
+    if rules.saturates and variant.kind != "float":
         facts += saturation_facts(made.result, calibration)
     artifact = _artifact(source, variant, rules, out, facts, agreement)
     return dataclasses.replace(artifact, scheme={**artifact.scheme, **made.scheme})
+
+
+def _layers(model: ModelProto, made: _Made, variant: Variant) -> tuple[LayerFact, ...]:
+    return layer_facts(model, made.result, made.skip, variant.operators, f"int{variant.bits}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +91,7 @@ class _Made:
     skip: Mapping[str, str]
     facts: tuple[LayerFact, ...] = ()
     scheme: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stand_in: ModelProto | None = None  # runs in ONNX Runtime where the result itself does not
 
 
 def _engine(
@@ -93,6 +104,8 @@ def _engine(
 ) -> _Made:
     if variant.kind == "weights":
         return _weights_only(model, variant, calibration, keep_float)
+    if variant.kind == "float":
+        return _float(model, variant, rules, calibration, cache, keep_float)
     if variant.kind == "dynamic":
         return _Made(*ort.quantize_dynamic(model, variant, rules, keep_float))
     skip = ort.static_skips(model, variant) | dict(keep_float)
@@ -109,6 +122,37 @@ def _engine(
     if best.tried:
         scheme["tried"] = ", ".join(f"{name} {quality:.1f} dB" for name, quality in best.tried.items())
     return _Made(best.result, skip, best.facts, scheme)
+
+
+def _float(
+    model: ModelProto,
+    variant: Variant,
+    rules: QuantizationRules,
+    calibration: Calibration,
+    cache: Path | None,
+    keep_float: Mapping[str, str],
+) -> _Made:
+    """float16 or bfloat16 throughout, or float8 pairs; and every layer in the facts."""
+    made = make_float(model, variant.name, calibration, keep_float, per_channel=rules.per_channel, cache=cache)
+    weighted = [node for node in model.graph.node if node.op_type in variant.operators or ()]
+    layers = tuple(
+        LayerFact("quantize", node.name, "left-float", "float32", "float32", made.skip[node.name])
+        if node.name in made.skip
+        else LayerFact("quantize", node.name, "converted", "float32", variant.name)
+        for node in weighted
+    )
+    kept = [fact for fact in made.facts if fact.layer not in {layer.layer for layer in layers}]
+    pairs = variant.name == "fp8"
+    scheme = {
+        "activation": "float8 E4M3 symmetric" if pairs else variant.name,
+        "weight": "float8 E4M3 symmetric" if pairs else variant.name,
+        "granularity": ("per channel" if rules.per_channel else "per tensor") if pairs else "no scales",
+        "calibration": "minmax" if pairs else "the overflow lint's",
+        "bias": "float32" if pairs else variant.name,
+        "kept in float32": str(len(made.skip)),
+    }
+    scheme["accuracy"] = f"off the device of a float32 emulation that rounds to {variant.name}"
+    return _Made(made.result, made.skip, (*kept, *layers), scheme, made.stand_in)
 
 
 def _weights_only(
@@ -239,7 +283,7 @@ def _artifact(
         source,
         name=f"{prefix}/{variant.name}",
         path=out,
-        precision=f"int{variant.bits}-{variant.kind}",
+        precision=variant.name if variant.kind == "float" else f"int{variant.bits}-{variant.kind}",
         digest=file_digest(out),
         scheme=scheme,
         facts=facts,

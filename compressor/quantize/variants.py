@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,8 @@ from compressor.recipe import Correction, QuantizeStage
 
 AUTO_METHOD: dict[int, Method] = {8: "rtn", 4: "gptq"}  # docs/evidence/weight-only.md
 NNCF_METHODS = ("awq", "scale-estimation")  # of the data-aware ones its ONNX side knows these
+FLOATS = ("fp16", "bf16", "fp8")
+FLOAT_LAYERS = ("Conv", "Gemm", "MatMul")
 WEIGHTED_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 TRANSFORMER_OPERATORS = ("Gather", "Gemm", "MatMul")
 NNCF_HINT = "NNCF is not installed; `pip install nncf` (or `compress-for-device[train]`) adds it"
@@ -36,7 +38,7 @@ class Variant:
 
     name: str
     engine: Literal["onnxruntime", "nncf"]
-    kind: Literal["static", "dynamic", "weights"]
+    kind: Literal["static", "dynamic", "weights", "float"]
     per_channel: bool = True
     operators: tuple[str, ...] | None = None
     calibration: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "minmax"
@@ -47,17 +49,16 @@ class Variant:
 
 
 def variants(
-    config: QuantizeStage, rules: QuantizationRules, facts: ModelFacts
+    config: QuantizeStage, rules: QuantizationRules, facts: ModelFacts, precisions: Sequence[str] = ()
 ) -> tuple[tuple[Variant, ...], Mapping[str, str]]:
-    """The variants to build, and name -> reason for every one that is not.
+    """The variants to build, and name -> reason for every one that is not. ``precisions`` are the profile's.
 
     >>> # a CNN on a CPU: static per channel, static per tensor, and NNCF's; `int8-dynamic-ort` is rejected
     """
+    chosen, rejected = _floats(config, facts, precisions)
     blocked = _blocked(rules, facts)
     if blocked:
-        return (), {"int8": blocked}
-    chosen: list[Variant] = []
-    rejected: dict[str, str] = {}
+        return tuple(chosen), {**rejected, "int8": blocked}
     for variant in _candidates(config, rules, facts):
         reason = _reason(variant, config, rules, facts)
         if reason:
@@ -68,6 +69,18 @@ def variants(
         reason = WHOLE_GRAPH_MASKED if facts.has_masked_attention else WHOLE_GRAPH_ATTENTION
         rejected["int8-static-whole-graph"] = reason
     return tuple(chosen), rejected
+
+
+def _floats(
+    config: QuantizeStage, facts: ModelFacts, precisions: Sequence[str]
+) -> tuple[list[Variant], dict[str, str]]:
+    """Float formats below float32 that the target's compiler takes; asked for by name and not taken: a reason."""
+    if facts.quantized or not facts.weighted:
+        return [], {}
+    wanted = FLOATS if config.floats == "auto" else config.floats
+    chosen = [Variant(name, "onnxruntime", "float", True, FLOAT_LAYERS) for name in wanted if name in precisions]
+    missing = [name for name in wanted if name not in precisions and config.floats != "auto"]
+    return chosen, {name: f"the profile's compiler does not take {name} (`constraints.precisions`)" for name in missing}
 
 
 def _blocked(rules: QuantizationRules, facts: ModelFacts) -> str:

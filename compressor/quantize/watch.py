@@ -147,3 +147,19 @@ def output_sqnr_db(reference: ModelProto, other: ModelProto, calibration: Calibr
     if not noises:
         raise StageError("the two models share no float output", hint="They must come from the same fp32 file.")
     return min(noise.sqnr_db for noise in noises.values())
+
+
+def element_types(model: ModelProto) -> dict[str, str]:
+    """Element type of every input, stored tensor and node output at the top level, in ONNX Runtime's words
+    (``tensor(float)``), also of operators that ONNX itself does not know."""
+    watched = ModelProto()
+    watched.CopyFrom(model)
+    taken = {value.name for value in model.graph.output}
+    names = [name for node in model.graph.node for name in node.output if name and name not in taken]
+    watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    session = _session(watched)
+    found = {value.name: value.type for value in (*session.get_inputs(), *session.get_outputs())}
+    kinds = {tensor.name: np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).name
+             for tensor in model.graph.initializer}  # fmt: skip
+    words = {"float32": "float", "float64": "double"}
+    return found | {name: f"tensor({words.get(kind, kind)})" for name, kind in kinds.items()}

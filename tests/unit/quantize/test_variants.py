@@ -97,10 +97,14 @@ def test_what_the_recipe_and_the_rules_ask_for_reaches_the_variants(cnn, masked)
     chosen, rejected = variants(STAGE, QuantizationRules(per_channel=False), cnn)
     assert not any(variant.per_channel for variant in chosen)
     assert "one scale per weight tensor" in rejected["int8-static-per-channel-ort"]
-    weights = QuantizeStage(kind="quantize", weights=("int4", "int8"), group=64)
+    weights = QuantizeStage(kind="quantize", weights=("int4", "int8"), group=64, weight_method="rtn")
     made = {variant.name: variant for variant in variants(weights, CPU, masked)[0]}
     assert (made["int4-weights-ort"].bits, made["int4-weights-ort"].group) == (4, 64)
     assert "no MatMul" in variants(weights, CPU, cnn)[1]["int8-weights-ort"]
     assert "does not read" in variants(weights, TENSORRT, masked)[1]["int8-weights-ort"]
+    assert "int4-weights-gptq-ort" in names(variants(weights.model_copy(update={"weight_method": "gptq"}), CPU, masked))
+    scaled = variants(weights.model_copy(update={"weight_method": "awq"}), CPU, masked)[0]
+    wanted = ["int4-weights-awq-ort", "int8-weights-awq-ort"] + ["int4-weights-awq-nncf"] * HAS_NNCF
+    assert sorted(v.name for v in scaled if v.kind == "weights") == sorted(wanted)
     only = QuantizeStage(kind="quantize", engines=("nncf",), calibration="entropy")
     assert "minmax or percentile" in variants(only, CPU, cnn)[1]["int8-static-per-channel-nncf"]
