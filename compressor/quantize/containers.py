@@ -155,6 +155,16 @@ def _spread(values: Array, outputs: int, blocks: int) -> Array:
     return made
 
 
+def integers(name: str, kind: int, values: Array) -> TensorProto:
+    """A tensor of 8, 16, 4 or 2 bits with its bytes packed (ONNX: the first element in the lowest bits)."""
+    if kind not in FIRST_OPSET:
+        dtype = helper.tensor_dtype_to_np_dtype(kind)
+        return numpy_helper.from_array(np.ascontiguousarray(values).astype(dtype), name)
+    bits = 2 if kind in (TensorProto.INT2, TensorProto.UINT2) else 4
+    content = pack((values.flatten() & (2**bits - 1)).astype(np.uint8), bits).tobytes()
+    return helper.make_tensor(name, kind, values.shape, content, raw=True)
+
+
 def pack(values: Array, bits: int) -> Array:
     """``values`` (uint8, below 2^bits) along the last axis, several a byte, the first in the lowest bits.
 

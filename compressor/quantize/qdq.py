@@ -18,7 +18,7 @@ from compressor.errors import StageError, sdk_errors
 from compressor.models.onnx_graph import opset_of
 from compressor.models.rounded import Ends, RoundedLayer
 from compressor.profile import QuantizationRules
-from compressor.quantize.containers import Container, container_of, few_bits, lowest_opset, matmul_nbits
+from compressor.quantize.containers import Container, container_of, few_bits, integers, lowest_opset, matmul_nbits
 from compressor.quantize.prepare import prepare
 from compressor.types import Array
 
@@ -143,11 +143,11 @@ class _Writer:
         codes, axis = (codes, 0) if first else (codes.T, 1)
         inputs = [f"{name}_quantized", f"{name}_scale"]
         if inputs[0] not in {tensor.name for tensor in self.tensors}:
-            self.tensors.append(helper.make_tensor(inputs[0], container.type, codes.shape, codes.flatten().tolist()))
+            self.tensors.append(integers(inputs[0], container.type, codes))
             scale, zero = _laid_out(layer, zero, first)
             self.tensors.append(numpy_helper.from_array(scale, inputs[1]))
-            shape, points = scale.shape, np.broadcast_to(zero, scale.shape).flatten().tolist()
-            self.tensors.append(helper.make_tensor(f"{name}_zero_point", container.type, shape, points))
+            points = np.broadcast_to(zero, scale.shape)
+            self.tensors.append(integers(f"{name}_zero_point", container.type, points))
         made = helper.make_node(
             "DequantizeLinear", [*inputs, f"{name}_zero_point"], [f"{name}_of_{node.name}"],
             name=f"{node.name}_weight_DequantizeLinear", axis=axis,
@@ -180,7 +180,7 @@ class _Writer:
         base = quantized or f"{name}_{len(self._pairs)}"
         kind, shift = _activation(self.rules, ends)
         self.tensors.append(numpy_helper.from_array(np.array(ends.scale, np.float32), f"{base}_scale"))
-        self.tensors.append(helper.make_tensor(f"{base}_zero_point", kind, (), [ends.zero - shift]))
+        self.tensors.append(integers(f"{base}_zero_point", kind, np.array(ends.zero - shift)))
         domain = self._domain if ends.bits == 16 else ""
         parameters = [f"{base}_scale", f"{base}_zero_point"]
         nodes = []
