@@ -314,6 +314,14 @@ def token_drop(_: Path) -> None:
     (EVIDENCE / "token-drop.md").write_text(page())
 
 
+def delta(work: Path) -> None:
+    """A fine-tuned update as a delta (Q4): MiniLM-L6 and its fine-tuning on movie reviews."""
+    words = [sys.executable, "-m", "tools.bench_delta", "--work", os.path.relpath(work / "delta", ROOT)]
+    page = "# An update as a delta\n\n`python -m tools.bench delta`: the same classifier with the encoder as it was and as it\n"
+    page += "was fine-tuned, 2,063 test sentences, one seed.\n\n" + command(words)
+    (EVIDENCE / "delta.md").write_text(page)
+
+
 SECTIONS: dict[str, Callable[[Path], None]] = {
     "fashion-mnist": fashion_mnist,
     "movie-reviews": movie_reviews,
@@ -328,6 +336,7 @@ SECTIONS: dict[str, Callable[[Path], None]] = {
     "repeatability": repeatability,
     "profiles-cost": profiles_cost,
     "quantizers": quantizers,
+    "delta": delta,
     "causal-lm": causal_lm,
     "grapheme-to-phoneme": grapheme_to_phoneme,
     "importance-memory": importance_memory,

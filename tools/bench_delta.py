@@ -2,8 +2,8 @@
 
     python -m tools.bench_delta --work FOLDER [--share 2 5 10 20]
 
-BASE is the fine-tuned classifier with the encoder of ``build/minilm-l6`` in place of its own; NEW is
-``build/movie-teacher``. Both are exported in the same way; ``delta make`` and ``delta apply`` are the user's own
+BASE is the fine-tuned classifier with the encoder of ``build/minilm-l6`` in place of its own (the head stays: it has
+nothing to be compared with); NEW is ``build/movie-teacher``. Both are exported in the same way; ``delta make`` and ``delta apply`` are the user's own
 commands. Prints a table: size, error of the change, accuracy on the test sentences.
 """
 
@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 CLI = [sys.executable, "-m", "compressor.cli"]
 TEACHER, ENCODER = ROOT / "build/movie-teacher", ROOT / "build/minilm-l6"
 BATCH, LONGEST = 32, 128
+LABELS = ["negative", "positive"]
 
 
 def base_checkpoint(folder: Path) -> Path:
@@ -34,7 +35,8 @@ def base_checkpoint(folder: Path) -> Path:
 
     shutil.copytree(TEACHER, folder, dirs_exist_ok=True)
     tuned, encoder = load_file(TEACHER / "model.safetensors"), load_file(ENCODER / "model.safetensors")
-    replaced = {name: encoder[key] for name in tuned if (key := name.removeprefix("bert.")) in encoder}
+    parts = ("bert.embeddings.", "bert.encoder.")  # pooler and classifier are the task's head
+    replaced = {name: encoder[name.removeprefix("bert.")] for name in tuned if name.startswith(parts)}
     print(f"{len(replaced)} of {len(tuned)} tensors come from the encoder", file=sys.stderr)
     save_file({**tuned, **replaced}, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -64,7 +66,7 @@ def batches(tokenizer: Any, limit: int | None) -> Iterator[tuple[dict[str, np.nd
     for start in range(0, len(rows), BATCH):
         part = rows[start : start + BATCH]
         found = tokenizer([row["text"] for row in part], padding=True, truncation=True, max_length=LONGEST)
-        yield {name: np.array(value, np.int64) for name, value in found.items()}, [int(row["label"]) for row in part]
+        yield {name: np.array(value, np.int64) for name, value in found.items()}, [LABELS.index(row["label"]) for row in part]
 
 
 def accuracy(path: Path, tokenizer: Any, limit: int | None) -> float:

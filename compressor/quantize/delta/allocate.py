@@ -91,15 +91,15 @@ class Tensor:
         return tuple(found)
 
     def at(self, price: float) -> Choice:
-        """The form with the least weighted error plus price times bytes."""
+        """The form with the least error plus price times bytes."""
         if not self.change.lossy:
             return self.exact
         options = [Choice("none", 0.0, self.change.energy), self._low_rank(price), *self.sparse, self.exact]
-        return min(options, key=lambda item: self.change.weight * item.error + price * item.cost)
+        return min(options, key=lambda item: self.change.unit * item.error + price * item.cost)
 
     def _low_rank(self, price: float) -> Choice:
         errors, costs = self.pairs
-        best = np.argmin(self.change.weight * errors + price * costs, axis=0)
+        best = np.argmin(self.change.unit * errors + price * costs, axis=0)
         ranks = np.arange(len(best))
         spent = ENTRY_BYTES + float(costs[best, ranks].sum())
         used = best[: int(np.argmax(best == 0)) if (best == 0).any() else len(best)]
@@ -139,7 +139,7 @@ def _dearest(holds: Callable[[float], bool]) -> float:
     for _ in range(ROUNDS):
         middle = (low + high) / 2
         low, high = (middle, high) if holds(2.0**middle) else (low, middle)
-    return 2.0**low
+    return float(2.0**low)
 
 
 def spend(tensors: Sequence[Tensor], budget: float) -> list[Choice]:

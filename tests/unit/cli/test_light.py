@@ -19,7 +19,7 @@ def test_help_imports_nothing_heavy() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
     assert "Make a trained network small" in result.stdout
-    for command in ("run", "plan", "profile", "targets", "profiles", "methods", "report", "package", "doctor"):
+    for command in ("run", "plan", "profile", "targets", "profiles", "methods", "report", "package", "delta", "doctor"):
         assert command in result.stdout
 
 

@@ -192,7 +192,7 @@ def test_a_budget_is_kept_and_buys_accuracy(pair: tuple[Path, Path], tmp_path: P
         assert made.file_bytes <= share * pair[1].stat().st_size
         errors.append(made.error)
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.1 < errors[0]
+    assert errors[-1] < errors[0] / 4
     make_delta(*pair, tmp_path / "d", Target(share=0.1))
     ranks = next(entry for entry in read_delta(tmp_path / "d").header["tensors"] if entry["name"] == "first")["parts"]
     assert [bits for bits, _ in ranks] == sorted({bits for bits, _ in ranks}, reverse=True)  # leading ones get more
