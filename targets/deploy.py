@@ -25,11 +25,21 @@ from compressor.profile import HardwareProfile
 from compressor.types import Array, Artifact, Figure, Measurement, Origin, Unavailable
 from targets.base import Missing, Ready, TargetBackend
 from targets.clock import Clock
+from targets.exits import sentence, with_shares
 from targets.gate import decide
 from targets.measure import Settings
 from targets.outcome import Loyalty, ProfileOutcome, Promise, Row, State
 from targets.site import find_site
-from targets.trial import Deployment, EvaluationData, Event, Trial, measure_all, predictions, reference_of
+from targets.trial import (
+    Deployment,
+    EvaluationData,
+    Event,
+    Trial,
+    exits_taken,
+    measure_all,
+    predictions,
+    reference_of,
+)
 
 CLASSIFICATION = frozenset({"image-classification", "text-classification"})
 NOT_CHOSEN = Unavailable("not chosen: the test set is touched once")
@@ -91,7 +101,7 @@ def deploy(
         kept=decision.kept,
         verdict=decision.verdict,
         versions=ready.versions,
-        notes=tuple(notes),
+        notes=(*notes, *(told for row in final if (told := sentence(row)))),
     )
 
 
@@ -192,6 +202,7 @@ def _row(run: Deployment, trial: Trial, reference: Array | None) -> Row:
     validation: Figure = Unavailable(trial.unscored or "not scored")
     if trial.validation is not None:
         validation = figure_of(run, trial.validation, run.data.validation, reference)
+        validation = with_shares(validation, exits_taken(run, trial, run.data.validation))
     if trial.failure:
         state = State.UNAVAILABLE if trial.missing else State.FAILED
     elif run.site is not None and trial.validation is not None:
@@ -225,19 +236,22 @@ def _with_test(run: Deployment, rows: Sequence[Row]) -> tuple[Row, ...]:
         return tuple(replace(row, test=Unavailable("there is no test split")) for row in rows)
     wanted = [row.shipped or row.artifact.role != "student" or row.artifact.precision == "fp32" for row in rows]
     found: dict[str, Array] = {}
+    taken: dict[str, Array | None] = {}
     failed: dict[str, str] = {}
     for trial, needed in zip(run.trials, wanted, strict=True):
         if needed and trial.validation is not None:
             run.event("deploy", {"text": f"{run.profile.name}: scoring {trial.artifact.name} on test"})
             try:
                 found[trial.artifact.name] = predictions(run, trial, test)
+                taken[trial.artifact.name] = exits_taken(run, trial, test)
             except DeviceLost:
                 raise
             except CompressError as error:
                 failed[trial.artifact.name] = str(error)
-    return tuple(
+    scored = (
         _test_row(run, row, test, found, failed) if needed else row for row, needed in zip(rows, wanted, strict=True)
     )
+    return tuple(replace(row, test=with_shares(row.test, taken.get(row.artifact.name))) for row in scored)
 
 
 def _test_row(run: Deployment, row: Row, test: EvalSet, found: dict[str, Array], failed: dict[str, str]) -> Row:

@@ -8,7 +8,8 @@ Rules, in this order:
 2. A candidate is **feasible** when it ran, its validation metric lies at most ``max_drop`` below the baseline's, it
    meets the size, latency and speed-up limits, and it is not measurably slower than what went in. A quantized variant
    that is measurably slower than the same student's fp32 file is rejected: then quantization bought nothing.
-   *Measurably*: the 95 % intervals do not overlap.
+   *Measurably*: the 95 % intervals do not overlap. Of a file with early exits the mean over real samples counts, where
+   p50 is said here: its median would hide the samples that go on.
 3. Among the feasible the smallest p50 wins. Candidates within ``TIE`` of it, or with overlapping intervals, are
    equally fast: then the smaller file wins, and among files within ``TIE`` of the smallest, the more accurate one.
 4. Where latency cannot be measured (the device is not here) the feasible are ranked by the compiler's latency estimate
@@ -29,6 +30,7 @@ from dataclasses import dataclass, replace
 from compressor.evaluate import PERPLEXITY, quality
 from compressor.types import Figure, Measurement
 from targets.coverage import explain
+from targets.exits import STATISTIC, leaves_early
 from targets.outcome import Promise, Row, State
 
 TIE = 0.05  # what two measurements of the same file may differ by on a shared machine (tools/repeatability.py)
@@ -84,6 +86,11 @@ def value_of(figure: Figure) -> float | None:
     return figure.value if isinstance(figure, Measurement) else None
 
 
+def statistic_of(figure: Figure) -> str:
+    """What a latency is: ``p50``, or ``mean`` of a file that takes longer for some samples."""
+    return str(figure.detail.get(STATISTIC, "p50")) if isinstance(figure, Measurement) else "p50"
+
+
 def quality_of(figure: Figure) -> float:
     """The score as a number that grows with quality: minus the logarithm of a perplexity, otherwise itself."""
     return quality(figure.value, figure.unit) if isinstance(figure, Measurement) else -math.inf
@@ -98,7 +105,8 @@ def misses_of(row: Row, baseline: Row | None, plain: Row | None, promise: Promis
     if baseline is not None and baseline is not row and not slower_than_plain:
         found += _slower(row, baseline, f"slower than what went in ({baseline.artifact.name})")
     if plain is not None and plain is not row and value_of(row.latency) is None:
-        found += _thin_coverage(row)
+        unknown = Miss("what leaving early saves is not known without a measurement", 1.0)
+        found += [unknown] if leaves_early(row.artifact) else _thin_coverage(row)
     return found
 
 
@@ -127,7 +135,11 @@ def _limit_misses(row: Row, promise: Promise) -> list[Miss]:
         found.append(Miss(f"its file has {size / MIB:.2f} MiB, the limit is {promise.max_size_mib:g}", gap))
     if promise.max_latency_ms is not None and latency is not None and latency > promise.max_latency_ms:
         gap = latency / promise.max_latency_ms - 1
-        found.append(Miss(f"its p50 is {latency:.3f} ms, the limit is {promise.max_latency_ms:g} ms", gap))
+        found.append(
+            Miss(
+                f"its {statistic_of(row.latency)} is {latency:.3f} ms, the limit is {promise.max_latency_ms:g} ms", gap
+            )
+        )
     if promise.min_speedup is not None and speedup is not None and speedup < promise.min_speedup:
         gap = promise.min_speedup / max(speedup, ROUNDING) - 1
         found.append(Miss(f"it is {speedup:.2f}x as fast as the teacher, {promise.min_speedup:g}x is wanted", gap))
@@ -139,12 +151,22 @@ def _slower(row: Row, other: Row, words: str) -> list[Miss]:
     if mine is None or theirs is None or mine <= theirs or _overlap(row, other):
         return []
     why = explain(row.coverage) if row.coverage is not None and row.artifact.precision != "fp32" else ""
-    return [Miss(f"{words}: {mine / theirs:.2f}x its p50" + (f"; {why}" if why else ""), mine / theirs - 1)]
+    return [
+        Miss(
+            f"{words}: {mine / theirs:.2f}x its {statistic_of(other.latency)}" + (f"; {why}" if why else ""),
+            mine / theirs - 1,
+        )
+    ]
 
 
 def _thin_coverage(row: Row) -> list[Miss]:
     coverage = row.coverage
-    if row.artifact.precision in HALVES or coverage is None or not coverage.total or coverage.quantized / coverage.total >= LEAST_COVERAGE:
+    if (
+        row.artifact.precision in HALVES
+        or coverage is None
+        or not coverage.total
+        or coverage.quantized / coverage.total >= LEAST_COVERAGE
+    ):
         return []
     return [
         Miss(f"likely slower than fp32 (not measured): {explain(coverage)}", 1 - coverage.quantized / coverage.total)

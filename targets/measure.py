@@ -97,6 +97,9 @@ class Timing:
     quiet_share: float  # of the rounds
     fastest_ms: float  # 1st percentile: the model while nothing else used the processor's shared parts
     fastest_ratio: float  # reference's fastest / this one's
+    mean_interval_ms: tuple[float, float] = (0.0, 0.0)  # of the mean over inputs, 95 %
+    mean_ratio: float = 0.0  # reference's mean over inputs / this one's: for models that take longer for some inputs
+    mean_ratio_interval: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -323,7 +326,25 @@ def _timing(track: _Track, reference: _Track, kinds: Kinds, settings: Settings) 
         quiet_share=len(ratios) / len(levels),
         fastest_ms=fastest,
         fastest_ratio=_fastest_ms(reference) / max(fastest, 1e-9),
+        mean_interval_ms=_around(float(np.mean(levels)), float(np.std(levels)), len(levels)),
+        mean_ratio=float(np.mean(reference.levels)) / max(float(np.mean(track.levels)), 1.0),
+        mean_ratio_interval=mean_ratio_interval(reference.levels, track.levels),
     )
+
+
+def mean_ratio_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of mean(first) / mean(second) of paired values (delta method; Cochran, Sampling Techniques, 6.3).
+
+    The choice of inputs is part of the uncertainty, where they differ.
+    """
+    above, below = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    ratio = float(above.mean() / max(below.mean(), 1.0))
+    return _around(ratio, float(np.std(above - ratio * below) / max(below.mean(), 1.0)), len(above))
+
+
+def _around(middle: float, deviation: float, count: int) -> tuple[float, float]:
+    half = NORMAL_95 * deviation / math.sqrt(max(count, 1))
+    return middle - half, middle + half
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:

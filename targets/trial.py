@@ -17,6 +17,7 @@ from compressor.profile import HardwareProfile
 from compressor.types import Array, Artifact, Figure, Inputs, Measurement, Task, Unavailable
 from targets.base import Compiled, SelfTimed, Session, TargetBackend
 from targets.clock import Clock, pinned
+from targets.exits import EXIT, leaves_early, mean_latency, mean_speedup
 from targets.measure import Measured, Settings, Timing, measure
 from targets.memory import peak_memory
 from targets.site import Site
@@ -77,8 +78,11 @@ class Deployment:
     trials: list[Trial] = field(default_factory=list)
 
 
-def predictions(run: Deployment, trial: Trial, evalset: EvalSet) -> Array:
-    """The artifact's outputs on a set, from the cache or by running it. Raises :class:`RunError`."""
+def predictions(run: Deployment, trial: Trial, evalset: EvalSet, output: str | None = None) -> Array:
+    """The artifact's outputs on a set, from the cache or by running it; ``output``: another one than the first.
+
+    Raises :class:`RunError`.
+    """
     site, artifact = run.site, trial.artifact
     if site is None or trial.compiled is None:
         raise RunError("there is no runtime here that could run the file")
@@ -88,17 +92,23 @@ def predictions(run: Deployment, trial: Trial, evalset: EvalSet) -> Array:
     inputs_digest = getattr(evalset, "digest", None)
     level = site.profile.runtime.graph_level
     options = run.profile.options if not site.stand_in else {}
-    key = json.dumps([artifact.digest, artifact.runtime, site.key, level, options, inputs_digest, run.data.task])
+    parts = [artifact.digest, artifact.runtime, site.key, level, options, inputs_digest, run.data.task]
+    key = json.dumps(parts if output is None else [*parts, output])
     if inputs_digest is not None and key in run.cache:
         return run.cache[key]
     with sdk_errors(RunError, f"run `{artifact.name}`"), site.open(trial.compiled) as session:
         batch = batch_size(run.data.task, artifact.outputs[0].shape[-1], EVALUATION_BATCH)
-        found = predict(session.run, evalset, batch, specs=artifact.inputs, task=run.data.task)
+        found = predict(session.run, evalset, batch, output, specs=artifact.inputs, task=run.data.task)
     if not np.isfinite(found).all():
         raise RunError(f"`{artifact.name}` gives NaN or infinite outputs")
     if inputs_digest is not None:
         run.cache[key] = found
     return found
+
+
+def exits_taken(run: Deployment, trial: Trial, evalset: EvalSet) -> Array | None:
+    """The number of the exit that each sample took, (N,); None for a file without exits. Raises :class:`RunError`."""
+    return predictions(run, trial, evalset, EXIT) if leaves_early(trial.artifact) else None
 
 
 def reference_of(run: Deployment) -> Trial:
@@ -212,7 +222,9 @@ def _set_latency(run: Deployment, trial: Trial, measured: Measured) -> None:
         "fastest": timing.fastest_ms,
         "contention": measured.contention.describe(),
     }
-    trial.latency = Measurement(timing.p50_ms, "ms", origin, device, detail)
+    early = leaves_early(trial.artifact)
+    latency, more = mean_latency(timing) if early else (timing.p50_ms, {})
+    trial.latency = Measurement(latency, "ms", origin, device, detail | more)
     teacher = reference_of(run)
     if measured.reference != teacher.key or teacher.artifact.role != "teacher":
         trial.speedup = Unavailable("there is no teacher file that runs here")
@@ -224,4 +236,5 @@ def _set_latency(run: Deployment, trial: Trial, measured: Measured) -> None:
         "quiet_share": timing.quiet_share,
         "of_fastest": timing.fastest_ratio,
     }
-    trial.speedup = Measurement(timing.ratio, "x", origin, device, common | interval)
+    speedup, more = mean_speedup(timing) if early else (timing.ratio, {})
+    trial.speedup = Measurement(speedup, "x", origin, device, common | interval | more)

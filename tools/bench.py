@@ -317,9 +317,15 @@ def token_drop(_: Path) -> None:
 def delta(work: Path) -> None:
     """A fine-tuned update as a delta (Q4): MiniLM-L6 and its fine-tuning on movie reviews."""
     words = [sys.executable, "-m", "tools.bench_delta", "--work", os.path.relpath(work / "delta", ROOT)]
-    page = "# An update as a delta\n\n`python -m tools.bench delta`: the same classifier with the encoder as it was and as it\n"
+    page = "# An update as a delta\n\n`python -m tools.bench delta`: the same classifier with the encoder as it was and as it "
     page += "was fine-tuned, 2,063 test sentences, one seed.\n\n" + command(words)
     (EVIDENCE / "delta.md").write_text(page)
+
+
+def fashion_mnist_exits(work: Path) -> None:
+    """The whole vision teacher with two exits: mean latency over the exits that real samples take."""
+    words = ["recipes/fashion-mnist-exits.toml", "--model", "examples.fashion_mnist.model:teacher"]
+    run_recipe("fashion-mnist-exits", work, *words)
 
 
 SECTIONS: dict[str, Callable[[Path], None]] = {
@@ -342,6 +348,7 @@ SECTIONS: dict[str, Callable[[Path], None]] = {
     "importance-memory": importance_memory,
     "pruning": pruning,
     "token-drop": token_drop,
+    "fashion-mnist-exits": fashion_mnist_exits,
 }
 
 

@@ -34,6 +34,8 @@ class Footnotes:
 
 def show(summary: RunSummary, paths: Mapping[str, Any]) -> None:
     """The tables, verdicts and paths a person wants to see at the end."""
+    from targets.exits import sentence
+
     for outcome in summary.outcomes:
         notes = Footnotes()
         rows = [_cells(row, summary.metric, notes) for row in outcome.rows]
@@ -42,6 +44,8 @@ def show(summary: RunSummary, paths: Mapping[str, Any]) -> None:
         for line in notes.lines():
             print(line)
         print(f"  {'kept' if outcome.kept else 'MISSED'}: {outcome.verdict}")
+        for told in filter(None, map(sentence, outcome.rows)):
+            print(f"  exits: {told}")
         if outcome.missing:
             print(f"  missing: {outcome.missing}")
     _show_seeds(summary)
@@ -96,7 +100,8 @@ def _accuracy(row: Row, metric: str, notes: Footnotes) -> str:
 def _latency(figure: Measurement) -> str:
     p95 = figure.detail.get("p95")
     upper = f" / {float(p95):.3g}" if p95 is not None else ""
-    return f"{figure.value:.3g}{upper} {figure.unit}, {figure.origin.value}"
+    mean = "mean " if figure.detail.get("statistic") == "mean" else ""
+    return f"{mean}{figure.value:.3g}{upper} {figure.unit}, {figure.origin.value}"
 
 
 def _size(count: float) -> str:

@@ -19,7 +19,7 @@ from targets.report.compare import size_ratio, twin_verdicts
 from targets.report.facts import fact_groups
 from targets.report.picture import Picture, draw, kind_of
 from targets.report.seeds import SEED_HEADERS, seed_rows, seed_sentences
-from targets.report.table import coverage_text, drop_text
+from targets.report.table import coverage_text, drop_text, latency_text
 
 WIDE_PX, NARROW_PX = (920.0, 470.0), (380.0, 440.0)
 
@@ -119,20 +119,26 @@ def _cell(figure: Figure, render: Callable[[float], str], notes: Footnotes, sub:
     return Cell("unavailable", note=notes.number(figure))
 
 
+def _beside(row: Row) -> str:
+    """What stands below a latency: its p95, and that it is a mean where it is one."""
+    p95 = figures.detail_of(row.latency, "p95")
+    mean = ["mean"] if latency_text(row).endswith("(mean)") else []
+    return ", ".join([*mean, *([f"p95 {figures.milliseconds(p95)}"] if p95 else [])])
+
+
 def _row(row: Row, outcome: ProfileOutcome, metric: str, notes: Footnotes) -> dict[str, Any]:
     def as_score(value: float) -> str:
         return figures.score(value, metric)
 
     kind = kind_of(row)
     ratio = figures.value_of(size_ratio(row, outcome)) if kind != "teacher" else None
-    p95 = figures.detail_of(row.latency, "p95")
     return {
         "row": row,
         "kind": kind,
         "validation": _cell(row.validation, as_score, notes),
         "test": _cell(row.test, as_score, notes),
         "drop": _said(drop_text(row, outcome, metric), notes),
-        "latency": _cell(row.latency, figures.milliseconds, notes, f"p95 {figures.milliseconds(p95)}" if p95 else ""),
+        "latency": _cell(row.latency, figures.milliseconds, notes, _beside(row)),
         "speedup": _cell(row.speedup, figures.times, notes),
         "size": _cell(row.file_bytes, figures.mebibytes, notes, f"{figures.times(ratio)} smaller" if ratio else ""),
         "memory": _cell(row.peak_memory, lambda value: f"{figures.significant(value)} MiB", notes),
@@ -176,12 +182,11 @@ def _card(outcome: ProfileOutcome, metric: str) -> Card | None:
         "" if drop.startswith("unavailable") else f"{drop} to the teacher" if drop != "reference" else "the teacher"
     )
     ratio = figures.value_of(size_ratio(row, outcome))
-    p95 = figures.detail_of(row.latency, "p95")
     cells = (
         (f"{metric}, {split}", _cell(accuracy, lambda value: figures.score(value, metric), notes, against)),
         (
             "p50 latency",
-            _cell(row.latency, figures.milliseconds, notes, f"p95 {figures.milliseconds(p95)}" if p95 else ""),
+            _cell(row.latency, figures.milliseconds, notes, _beside(row)),
         ),
         (
             "file size",

@@ -51,7 +51,7 @@ def _cells(row: Row, outcome: ProfileOutcome, metric: str) -> list[str]:
         figures.say(row.validation, lambda value: figures.score(value, metric)),
         figures.say(row.test, lambda value: figures.score(value, metric)),
         drop_text(row, outcome, metric),
-        figures.say(row.latency, figures.milliseconds),
+        latency_text(row),
         p95_text(row),
         origin_text(row.latency),
         figures.say(row.speedup, figures.times),
@@ -73,6 +73,12 @@ def drop_text(row: Row, outcome: ProfileOutcome, metric: str) -> str:
         return "unavailable: no split has a figure for both this row and the teacher"
     split, value = found
     return f"{figures.points(value, metric)} ({split})"
+
+
+def latency_text(row: Row) -> str:
+    """p50, or the mean of a file with early exits, which says so."""
+    mean = isinstance(row.latency, Measurement) and row.latency.detail.get("statistic") == "mean"
+    return figures.say(row.latency, figures.milliseconds) + (" (mean)" if mean else "")
 
 
 def p95_text(row: Row) -> str:
@@ -116,7 +122,8 @@ def headline(outcome: ProfileOutcome, metric: str) -> str:
     faster = figures.say(row.speedup, lambda value: f"{figures.times(value)} the teacher's speed")
     smaller = figures.say(size_ratio(row, outcome), lambda value: f"{figures.times(value)} smaller")
     size = figures.say(row.file_bytes, figures.mebibytes)
-    speed = f"p50 {latency} ({faster})" if isinstance(row.latency, Measurement) else f"latency {latency}"
+    kind = "mean" if latency_text(row).endswith("(mean)") else "p50"
+    speed = f"{kind} {latency} ({faster})" if isinstance(row.latency, Measurement) else f"latency {latency}"
     return (
         f"{outcome.title}: {row.artifact.name} ships with {accuracy}, {speed}, {size} ({smaller}). {outcome.verdict}"
     ).strip()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from compressor.config import Frozen
@@ -45,8 +45,10 @@ class MultiExit(SignalObjective):
     E1).
     Defaults: `blocks` empty: an exit after every block but the last; or their numbers, from 0, as "0 2". temperature 1,
     labels 1. `export`: `none` drops the exits (deep supervision), `outputs` ships each as a further output `exit_<k>`,
-    `exit` makes exit number `exit` the student's only output, and the file ends there.
-    When: one training for several sizes; runtimes that stop early.
+    `exit` makes exit number `exit` the student's only output, and the file ends there. `threshold` makes files beside
+    the whole student that stop at the first exit whose largest softmax probability reaches `threshold`; left out, it
+    is chosen on validation within `accept.max_drop`.
+    When: one training for several sizes; easy samples that need not go all the way.
     Worked number: an exit equal to the output, no labels: 0.
     """
 
@@ -54,8 +56,15 @@ class MultiExit(SignalObjective):
         blocks: Annotated[str, Field(pattern=r"^(\d+( \d+)*)?$")] = ""
         temperature: Positive = 1.0
         labels: Annotated[float, Field(ge=0)] = 1.0
-        export: Literal["none", "outputs", "exit"] = "none"
+        export: Literal["none", "outputs", "exit", "threshold"] = "none"
         exit: Annotated[int, Field(ge=0)] = 0
+        threshold: Annotated[float, Field(gt=0, le=1)] | None = None
+
+        @model_validator(mode="after")
+        def _threshold_is_used(self) -> Self:
+            if self.threshold is not None and self.export != "threshold":
+                raise ValueError('`threshold` needs `export = "threshold"`')
+            return self
 
     place: ClassVar[str] = "exits"
 
@@ -101,9 +110,9 @@ class MultiExit(SignalObjective):
             return Committed(
                 (), tuple(LayerFact("distil", path, "dropped", "exit", "-", why) for path in step["blocks"])
             )
-        if kept == "outputs":
+        if kept in ("outputs", "threshold"):
             exits.mode = "outputs"
-            why = "its exit is a further output"
+            why = "its exit is a further output" if kept == "outputs" else "samples may leave here"
             facts = [LayerFact("distil", path, "kept", "exit", "output", why) for path in step["blocks"]]
         else:
             exits.mode = self.options.exit
