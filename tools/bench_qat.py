@@ -95,7 +95,7 @@ class Arm:
 def arms() -> list[Arm]:
     """All arms, in the order in which they are measured."""
     found = []
-    for bits in ("int8", "int4", "ternary"):
+    for bits in ("ternary", "int4", "int8"):
         found += [Arm(f"{bits} ptq", {"weights": bits}), Arm(f"{bits} qat labels", {"weights": bits}, LABELS)]
         found.append(Arm(f"{bits} qat kd", {"weights": bits}, KD))
     found.append(Arm("ternary qat kd, own teacher", {"weights": "ternary"}, KD, own_teacher=True))
@@ -297,9 +297,10 @@ def _arm(name: str, found: list[dict[str, Any]]) -> str:
 def _legend() -> str:
     return (
         "\n`file`: few-bit codes in int8 tensors, for integer kernels: bytes and time are those of int8. `packed`: in "
-        "INT4 tensors, which ONNX Runtime unpacks at every call: smaller, not faster. `agreement`: share of the 100,000 "
-        "test logits of the exported file within 1e-4 of the fake-quantized module (quantize-dequantize pairs computed as "
-        "written), and the largest difference; where they differ, a sum in another order crossed a rounding boundary.\n"
+        "INT4 tensors, which ONNX Runtime unpacks at every call: smaller, not faster. `agreement`: share of the "
+        "100,000 test logits of the exported file within 1e-4 of the largest of the fake-quantized module's "
+        "(quantize-dequantize pairs computed as written), and the largest difference; where they differ, a sum in "
+        "another order crossed a rounding boundary.\n"
     )
 
 
