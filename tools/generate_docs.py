@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from compressor import masks, recipe, schedule, strategy
+from compressor import masks, qat, recipe, schedule, strategy
 from compressor.profile import load_profile, profile_names
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -106,6 +106,7 @@ def recipe_page() -> str:
         "[stage.masks]": masks.Masks,
         "[stage.cofi]": masks.CoFi,
         "[stage.sparse_update]": masks.SparseUpdate,
+        "[stage.qat]": qat.Qat,
         "[[stage.objective]]": recipe.ObjectiveConfig,
         "match": recipe.Match,
         "schedule: a weight or option that changes": schedule.Schedule,
