@@ -134,7 +134,7 @@ def _float(
 ) -> _Made:
     """float16 or bfloat16 throughout, or float8 pairs; and every layer in the facts."""
     made = make_float(model, variant.name, calibration, keep_float, per_channel=rules.per_channel, cache=cache)
-    weighted = [node for node in model.graph.node if node.op_type in variant.operators or ()]
+    weighted = [node for node in model.graph.node if node.op_type in (variant.operators or ())]
     layers = tuple(
         LayerFact("quantize", node.name, "left-float", "float32", "float32", made.skip[node.name])
         if node.name in made.skip

@@ -29,7 +29,7 @@ FORMATS = {
     ),
     "bf16": FloatFormat(
         "bf16", TensorProto.BFLOAT16, "tensor(bfloat16)", ml_dtypes.bfloat16,
-        float(ml_dtypes.finfo(ml_dtypes.bfloat16).max), 2.0**-126, 2.0**-133, 2**8,
+        (2 - 2.0**-7) * 2.0**127, 2.0**-126, 2.0**-133, 2**8,
     ),
     "fp8": FloatFormat(
         "fp8", TensorProto.FLOAT8E4M3FN, "tensor(float8e4m3fn)", ml_dtypes.float8_e4m3fn, 448.0, 2.0**-6, 2.0**-9, 2**4

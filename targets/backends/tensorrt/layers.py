@@ -22,6 +22,7 @@ from targets.base import Coverage, NodeFact
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 COMPUTE_TYPES = {"correlation": "conv", "convolution": "conv", "deconvolution": "conv", "gemm": "gemm"}
+QUANTIZED = ("Int8", "FP8")
 _ROW = re.compile(
     r"^Name: (?P<name>.*), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\], "
     r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>.*?), StreamId: \d+, Metadata: ?(?P<metadata>.*)$"
@@ -107,10 +108,10 @@ class WeightedNode:
 
 
 def coverage(layers: Sequence[Layer], nodes: Sequence[WeightedNode]) -> Coverage:
-    """Which of the file's weighted nodes the engine computes in int8.
+    """Which of the file's weighted nodes the engine computes in int8 or float8.
 
-    A node counts as quantized only if every compute layer that stems from it reads Int8; a node that the table does
-    not name counts as float, with that as its reason.
+    A node counts as quantized only if every compute layer that stems from it reads one of these; a node that the table
+    does not name counts as float, with that as its reason.
     """
     left = []
     for node in nodes:
@@ -127,5 +128,5 @@ def _why_float(node: WeightedNode, layers: Sequence[Layer]) -> str:
         compute = [layer for layer in named if layer.kind not in _PURE_DATA_MOVEMENT] or named
     if not compute:
         return "the builder's layer table does not name it"
-    slow = next((layer for layer in compute if layer.precision != "Int8"), None)
+    slow = next((layer for layer in compute if layer.precision not in QUANTIZED), None)
     return f"compiled as {slow.kind} in {slow.precision} (layer `{slow.name}`)" if slow else ""

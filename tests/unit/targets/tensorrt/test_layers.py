@@ -89,6 +89,8 @@ def test_generated_kernels_do_not_hide_the_matrix_product() -> None:
     product = Layer("g", "gemm", ("Int8",), ("Int8",), ("Float",), ("product",))
     assert coverage([kernel, product], [WeightedNode("product", "MatMul")]).quantized == 1
     assert coverage([kernel], [WeightedNode("product", "MatMul")]).quantized == 0
+    float8 = Layer("g", "gemm", ("FP8",), ("FP8",), ("Half",), ("product",))
+    assert coverage([float8], [WeightedNode("product", "MatMul")]).quantized == 1
 
 
 def test_an_unknown_log_gives_nothing_instead_of_an_error() -> None:
