@@ -39,9 +39,14 @@ def jobs_of(
         chosen = [text for text in texts if text.strip()][:count]
         return [["text", text] for text in chosen], [package.tokens(text) for text in chosen]
     draw, jobs, wanted = np.random.default_rng(0), [], []
+    converts = package.manifest["preprocess"]["settings"].get(
+        "channels"
+    )  # otherwise pictures must have the model's own
+    axis = 1 if package.manifest["preprocess"]["settings"]["layout"] == "NCHW" else 3
+    own = package.manifest["inputs"][0]["shape"][axis]
     for index in range(count):
         height, width = (int(size) for size in draw.integers(1, 200, 2))
-        pixels = draw.integers(0, 256, (height, width, 3 if index % 3 else 1), np.uint8)
+        pixels = draw.integers(0, 256, (height, width, (3 if index % 3 else 1) if converts else own), np.uint8)
         path = scratch / f"{index}.bin"
         path.write_bytes(pixels.tobytes())
         jobs.append(["picture", *map(str, pixels.shape), str(path)])
@@ -49,37 +54,45 @@ def jobs_of(
     return jobs, wanted
 
 
+def compile_kotlin(folder: Path, jars: Path, scratch: Path) -> str:
+    """Compile the Kotlin that needs no Android against ONNX Runtime's Java classes; its class path"""
+    with zipfile.ZipFile(toolchain.find(TOOLCHAIN).folder / AAR) as archive:
+        (scratch / "ort.jar").write_bytes(archive.read("classes.jar"))
+    compiler = ":".join(map(str, sorted(jars.glob("*.jar"))))
+    libraries = f"{next(jars.glob('kotlin-stdlib-[0-9]*.jar'))}:{scratch / 'ort.jar'}"
+    sources = [str(folder / "android" / SOURCES / f"{item}.kt") for item in PORTABLE]
+    sources.append(str(Path(__file__).parent / "samples" / "CheckInputs.kt"))
+    command = ["java", "-Xss4m", "-cp", compiler, "org.jetbrains.kotlin.cli.jvm.K2JVMCompiler", "-no-stdlib"]
+    command += ["-no-reflect", "-cp", libraries, "-d", str(scratch / "app.jar"), *sources]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError((done.stdout + done.stderr)[-2000:])
+    return f"{scratch / 'app.jar'}:{libraries}"
+
+
+def compare_inputs(folder: Path, classes: str, texts: list[str], count: int, scratch: Path) -> Check:
+    """The compiled program and infer.py make inputs of the same texts, or of random pictures."""
+    jobs, wanted = jobs_of(infer.Package(folder), texts, count, scratch)
+    lines = ["\t".join(map(_escaped, job)) + "\n" for job in jobs]
+    (scratch / "jobs.tsv").write_text("".join(lines), encoding="utf-8", newline="\n")
+    command = ["java", "-cp", classes, "compress.sample.CheckInputsKt"]
+    command += [str(folder / "android/app/src/main/assets"), str(scratch / "jobs.tsv")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    expected, found = [line_of(inputs) for inputs in wanted], done.stdout.splitlines()
+    same = sum(one == other for one, other in zip(found, expected, strict=False))
+    text = f"stored samples and {same} of {len(expected)} further inputs are infer.py's, byte for byte"
+    verdict = Verdict.PASSED if found == expected else Verdict.FAILED
+    return Check("Android sample, compiled", verdict, f"{text} {done.stderr[-300:]}".strip())
+
+
 def check_compiled(folder: Path, jars: Path, texts: list[str], count: int) -> Check:
-    """Compile the Kotlin that needs no Android against ONNX Runtime's Java classes; let it make inputs."""
-    name = "Android sample, compiled"
-    library = toolchain.find(TOOLCHAIN).folder / AAR
+    """Compile, then compare."""
     with tempfile.TemporaryDirectory() as place:
         scratch = Path(place)
-        with zipfile.ZipFile(library) as archive:
-            (scratch / "ort.jar").write_bytes(archive.read("classes.jar"))
-        compiler = ":".join(map(str, sorted(jars.glob("*.jar"))))
-        standard = next(jars.glob("kotlin-stdlib-[0-9]*.jar"))
-        sources = [str(folder / "android" / SOURCES / f"{item}.kt") for item in PORTABLE]
-        sources.append(str(Path(__file__).parent / "samples" / "CheckInputs.kt"))
-        command = ["java", "-Xss4m", "-cp", compiler, "org.jetbrains.kotlin.cli.jvm.K2JVMCompiler", "-no-stdlib"]
-        command += ["-no-reflect", "-cp", f"{standard}:{scratch / 'ort.jar'}", "-d", str(scratch / "app.jar"), *sources]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            return Check(name, Verdict.FAILED, (done.stdout + done.stderr)[-2000:])
-        jobs, wanted = jobs_of(infer.Package(folder), texts, count, scratch)
-        lines = ["\t".join(map(_escaped, job)) + "\n" for job in jobs]
-        (scratch / "jobs.tsv").write_text("".join(lines), encoding="utf-8", newline="\n")
-        classes = f"{scratch / 'app.jar'}:{standard}:{scratch / 'ort.jar'}"
-        command = ["java", "-cp", classes, "compress.sample.CheckInputsKt"]
-        command += [str(folder / "android/app/src/main/assets"), str(scratch / "jobs.tsv")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    expected = [line_of(inputs) for inputs in wanted]
-    found = done.stdout.splitlines()
-    same = sum(one == other for one, other in zip(found, expected, strict=False))
-    passed = found == expected
-    text = f"stored samples and {same} of {len(expected)} further inputs are infer.py's, byte for byte"
-    text += f" {done.stderr[-300:]}"
-    return Check(name, Verdict.PASSED if passed else Verdict.FAILED, text.strip())
+        try:
+            return compare_inputs(folder, compile_kotlin(folder, jars, scratch), texts, count, scratch)
+        except RuntimeError as error:
+            return Check("Android sample, compiled", Verdict.FAILED, str(error))
 
 
 def line_of(inputs: Inputs) -> str:

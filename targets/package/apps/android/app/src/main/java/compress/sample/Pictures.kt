@@ -3,7 +3,7 @@ package compress.sample
 import kotlin.math.abs
 import kotlin.math.max
 import kotlin.math.min
-import kotlin.math.rint
+import kotlin.math.round
 import kotlin.math.truncate
 
 /** 8-bit pixels, rows of (height, width, channels); 1 or 3 channels. */
@@ -37,7 +37,7 @@ fun pictureInput(
         for (channel in 0 until picture.channels) {
             val pixel = picture.at(place * picture.channels + channel).toFloat()
             var value = (pixel * scale - mean[channel % mean.size]) / deviation[channel % deviation.size]
-            if (!type.startsWith("float")) value = min(max(rint(value), 0f), 255f)
+            if (!type.startsWith("float")) value = min(max(round(value), 0f), 255f)
             values[if (planes) channel * area + place else place * picture.channels + channel] = value.toDouble()
         }
     }
