@@ -82,11 +82,14 @@ def recipe_problems(recipe: Recipe, kind: str, objectives: Sequence[str]) -> lis
 
 
 def _token_problems(recipe: Recipe) -> list[Problem]:
-    """What cannot follow a stage that drops tokens: another one, and surgery that would have to look through it."""
+    """What cannot follow a stage that drops tokens (another one, surgery that would have to look through it), and what
+    cannot come before another tokenizer."""
     problems: list[Problem] = []
     dropped = False
     for number, stage in enumerate(recipe.stage):
         where = f"stage.{number}.{stage.kind}"
+        if number and isinstance(stage, StudentStage) and stage.tokenizer is not None:
+            problems.append(Problem(f"{where}.tokenizer", "is exchanged in the first stage: all others read its tokens"))
         cuts = isinstance(stage, PruneStage) and stage.zeros is None
         if dropped and (
             cuts or (isinstance(stage, DistilStage) and (stage.cofi is not None or stage.supernet is not None))
@@ -173,7 +176,7 @@ def steps_of(recipe: Recipe, kind: str) -> tuple[str, ...]:
     for stage in recipe.stage:
         match stage:
             case StudentStage():
-                lines.append(f"student: {_settings(stage)}{_search(stage)}")
+                lines.append(f"student: {_student(stage)}")
             case PruneStage():
                 lines.append(f"prune: {_settings(stage)}")
             case DistilStage():
@@ -224,8 +227,11 @@ def _masks(stage: DistilStage) -> str:
     return "" if stage.cofi is None else f"; masks learn which {stage.cofi.target:.0%} of the weights go"
 
 
-def _search(stage: StudentStage) -> str:
-    return "" if stage.search is None else f"; {stage.search.shown}"
+def _student(stage: StudentStage) -> str:
+    if stage.search is None:
+        return _settings(stage)
+    fixed = set(stage.model_fields_set) - {"kind", "search"}
+    return stage.search.shown + (f"; {_settings(stage)}" if fixed else "")
 
 
 def _settings(stage: StudentStage | PruneStage) -> str:

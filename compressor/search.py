@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from itertools import islice, product
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -53,6 +53,8 @@ class SubSpace(Frozen):
     heads: tuple[Count, ...] = ()  # of each attention at most
     neurons: tuple[Count, ...] = ()  # of each feed-forward layer at most
 
+    least: ClassVar[int] = 2  # candidates that make a space
+
     @model_validator(mode="after")
     def _not_empty(self) -> SubSpace:
         for name, values in self.axes.items():
@@ -60,7 +62,7 @@ class SubSpace(Frozen):
                 raise ValueError(f"`{name}` has no values: leave it out, or give some")
             if len({repr(value) for value in values}) < len(values):
                 raise ValueError(f"`{name}` names a value twice")
-        if self.size < 2:
+        if self.size < self.least:
             raise ValueError("is empty: there is nothing to choose from; give several values of a key")
         return self
 
@@ -106,7 +108,7 @@ AXES = ("keep_layers", "decoder_layers", "hidden_size", "heads", "neurons", "wid
 class Space(SubSpace):
     """Students that a search may choose from: the values that each key of the stage may have.
 
-    ``[stage.space.factory]`` holds values of the keyword parameters of the teacher's factory (``pkg.mod:factory``); the
+    ``[stage.search.space.factory]`` holds values of the keyword parameters of the teacher's factory (``pkg.mod:factory``); the
     student is then what the factory makes with them, weights included.
     """
 
@@ -121,6 +123,8 @@ class SuperNet(SubSpace):
     AutoDistil (methods N2): every step trains one sub-net, drawn uniformly. At the end sub-nets within the budget are
     judged by their distillation loss on validation with the weights they inherit, and the best becomes the student.
     """
+
+    least: ClassVar[int] = 1  # one sub-net, trained alone: what the others are compared with
 
     budget: Budget  # of the student
     judged: Count = 64  # sub-nets within the budget that are judged, drawn at random from a larger space

@@ -294,6 +294,18 @@ def importance_memory(_work: Path) -> None:
     (EVIDENCE / "importance-memory.md").write_text(page)
 
 
+def searches(work: Path) -> None:
+    """Do DisWOT's score and a super-net's loss rank students as training them does? Goes on where it was stopped."""
+    made = work / "searches" / "page.md"
+    command([sys.executable, "-m", "tools.bench_searches", "--work", str(work / "searches"), "--page", str(made)])
+    page = (
+        "# Searches for a student: do their proxies rank as training does?\n\n"
+        "`python -m tools.bench searches`, one thread. Networks, data and steps are tiny (`tools/bench_searches.py`): "
+        "signs count more than sizes.\n\n"
+    )
+    (EVIDENCE / "searches.md").write_text(page + made.read_text())
+
+
 def pruning(work: Path) -> None:
     """Ten times fewer operations; relevance without training; Torch-Pruning beside it; ONNX files. Prints tables."""
     words = ["recipes/fashion-mnist-structure.toml", "--model", "examples.fashion_mnist.model:teacher"]
@@ -347,6 +359,7 @@ SECTIONS: dict[str, Callable[[Path], None]] = {
     "grapheme-to-phoneme": grapheme_to_phoneme,
     "importance-memory": importance_memory,
     "pruning": pruning,
+    "searches": searches,
     "token-drop": token_drop,
     "fashion-mnist-exits": fashion_mnist_exits,
 }

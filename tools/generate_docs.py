@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from compressor import masks, qat, recipe, schedule, strategy
+from compressor import masks, qat, recipe, schedule, search, strategy
 from compressor.profile import load_profile, profile_names
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -101,10 +101,14 @@ def recipe_page() -> str:
         "[data.preprocess]": recipe.ImagePreprocess,
         "[accept]": recipe.AcceptConfig,
         '[[stage]] kind = "student"': recipe.StudentStage,
+        "[stage.search]": search.Search,
+        "[stage.search.space]": search.Space,
+        "budget": search.Budget,
         '[[stage]] kind = "prune"': recipe.PruneStage,
         '[[stage]] kind = "distil"': recipe.DistilStage,
         "[stage.masks]": masks.Masks,
         "[stage.cofi]": masks.CoFi,
+        "[stage.supernet]": search.SuperNet,
         "[stage.sparse_update]": masks.SparseUpdate,
         "[stage.qat]": qat.Qat,
         "[[stage.objective]]": recipe.ObjectiveConfig,
