@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -67,6 +66,7 @@ class QuantizationRules(Frozen):
     dynamic: bool = True
     saturates: bool = False  # sums of two products saturate in 16 bits (x86 without VNNI); found from the features
     reduce_range: bool = False  # seven-bit weights, so that nothing saturates; true where `saturates` is, if left out
+    by_target: bool = False  # does the target's compiler quantize a float file itself, too?
     opset: Annotated[int, Field(ge=13)] | None = None  # the smallest opset that the compiler maps whole
 
 

@@ -92,6 +92,15 @@ class SelfTimed(Session, Protocol):
         ...
 
 
+@runtime_checkable
+class SelfWeighed(Session, Protocol):
+    """A session whose model lives in a process of its own, which tells what it takes."""
+
+    def resident_mib(self) -> tuple[float, float]:
+        """Resident memory of that process in MiB: with the runtime, before it loaded the model; the highest so far."""
+        ...
+
+
 def option_problems(read: Callable[[HardwareProfile], object], profile: HardwareProfile) -> tuple[str, ...]:
     """What ``read``, a back end's reader of a profile's ``[options]``, finds wrong with them; empty: nothing."""
     try:

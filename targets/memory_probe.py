@@ -3,7 +3,7 @@
 ``python -m targets.memory_probe < job.json``. The job names the back end, the profile (as data), the compiled file and
 an ``.npz`` of inputs. The answer, JSON on stdout: ``peak_mib``, the highest resident set of the process while it loads
 and runs the model, and ``baseline_mib``, the same process with the runtime imported and probed, before the model is
-loaded.
+loaded. A session whose model lives in a process of its own answers for that process.
 
 Linux's VmHWM is read rather than getrusage's ru_maxrss: the latter is carried over from the parent when a process is
 started, so that a child of a training process would report the training's memory.
@@ -22,7 +22,7 @@ from compressor.config import validate
 from compressor.profile import HardwareProfile
 from compressor.types import Artifact, Format, TensorSpec
 from targets import registry
-from targets.base import Compiled
+from targets.base import Compiled, SelfWeighed
 
 RUNS = 3  # passes over the inputs
 
@@ -67,7 +67,10 @@ def main() -> int:
         for _ in range(RUNS):
             for sample in samples:
                 session.run(sample)
-        answer = {"peak_mib": peak_resident_mib(), "baseline_mib": baseline}
+        peak = peak_resident_mib()
+        if isinstance(session, SelfWeighed):
+            baseline, peak = session.resident_mib()
+        answer = {"peak_mib": peak, "baseline_mib": baseline}
     sys.stdout.write(json.dumps(answer) + "\n")
     return 0
 

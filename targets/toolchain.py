@@ -1,8 +1,8 @@
 """Vendor tool chains, each in an environment of its own, made from a pinned lock file with hashes.
 
 The environment lies in the user's cache folder and is called through :mod:`targets.isolation`: one JSON request, one
-JSON reply, a time limit, a memory limit, and an end that becomes a typed error. The child is started with ``-I`` and
-sees nothing of the environment that trains and measures. Docs: docs/targets/toolchains.md.
+JSON reply, a time limit, a memory limit, and an end that becomes a typed error. The child is started without our search
+paths and variables and sees nothing of the environment that trains and measures. Docs: docs/targets/toolchains.md.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ LOCKS = Path(__file__).parent / "toolchains"
 RUNNER = LOCKS / "runner.py"
 _BACKENDS = Path(__file__).parent / "backends"
 _MARK = "toolchain.json"
+_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 _PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==(\S+)", re.MULTILINE)
 _SMOKE = Limits(seconds=120, memory_mib=4096)
 
@@ -45,6 +46,7 @@ class Toolchain:
     title: str
     licence: str
     worker: Path | None
+    pythons: tuple[str, ...] = ("3.11", "3.12", "3.13")  # that the lock file has wheels for
 
     @property
     def lock(self) -> Path:
@@ -59,8 +61,7 @@ class Toolchain:
     @property
     def folder(self) -> Path:
         """The environment of this very lock file; another lock makes another folder."""
-        python = f"{sys.version_info.major}.{sys.version_info.minor}"
-        digest = hashlib.sha256(self.lock.read_bytes() + python.encode()).hexdigest()[:12]
+        digest = hashlib.sha256(self.lock.read_bytes() + _PYTHON.encode()).hexdigest()[:12]
         return cache_folder() / f"{self.name}-{digest}"
 
     @property
@@ -80,10 +81,30 @@ CATALOGUE: Mapping[str, Toolchain] = {
             "ethos-u", "Arm Vela, the compiler for Ethos-U NPUs", "Apache-2.0", _BACKENDS / "ethos_u" / "worker.py"
         ),
         Toolchain(
+            "coreml",
+            "Core ML Tools, Apple's converter (models are written and checked here, they run on Apple's systems only)",
+            "BSD-3-Clause",
+            _BACKENDS / "coreml" / "worker.py",
+        ),
+        Toolchain(
+            "executorch",
+            "ExecuTorch: exporter and runtime with XNNPACK",
+            "BSD-3-Clause",
+            _BACKENDS / "executorch" / "worker.py",
+            pythons=("3.11",),
+        ),
+        Toolchain(
             "qnn",
             "Qualcomm's QNN compiler and simulator for Hexagon, through ONNX Runtime",
             "MIT; the QNN libraries: Qualcomm AI Stack License (proprietary)",
             _BACKENDS / "qnn" / "worker.py",
+        ),
+        Toolchain(
+            "rknn",
+            "Rockchip's RKNN-Toolkit2: compiler and simulator for the NPUs of RK35xx",
+            "not stated by the package: Rockchip's own terms (proprietary)",
+            _BACKENDS / "rknn" / "worker.py",
+            pythons=("3.11",),
         ),
         Toolchain(
             "tflite-micro",
@@ -158,6 +179,10 @@ def install(name: str, *, wheels: Path | None = None, on_line: Callable[[str], N
     from filelock import FileLock
 
     item, say = find(name), on_line or (lambda _line: None)
+    if _PYTHON not in item.pythons:
+        offered = " or ".join(item.pythons)
+        hint = f"Run compress-for-device with Python {offered}."
+        raise TargetUnavailable(f"tool chain `{name}` is pinned for Python {offered}, this is {_PYTHON}", hint=hint)
     item.folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(item.folder.with_suffix(".lock")):
         if not is_ready(name):
@@ -183,7 +208,15 @@ def _fill(item: Toolchain, wheels: Path | None) -> None:
 
 def _pip(item: Toolchain, wheels: Path | None) -> list[str]:
     source = ["--no-index", "--find-links", str(wheels.resolve())] if wheels is not None else []
-    options = ["--require-hashes", "--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
+    options = [
+        "--require-hashes",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--no-input",
+        "--disable-pip-version-check",
+        "--no-compile",
+    ]
     return [str(item.python), "-I", "-m", "pip", "install", "--quiet", *options, *source, "-r", str(item.lock)]
 
 
@@ -201,6 +234,11 @@ def _hint_of(output: str) -> str:
         ("DO NOT MATCH THE HASHES", "A package is not the file that was pinned; nothing was installed. Do not go on."),
         ("ensurepip", "Install your system's venv package (Debian: apt install python3-venv)."),
         ("No space left", "Free disk space, or point XDG_CACHE_HOME to another disk."),
+        (
+            r"torch==\S+\+cpu",
+            "The pinned torch is PyTorch's CPU build, which lies in PyTorch's own index: name that to pip as an extra "
+            "index, or download all wheels and use `toolchain install NAME --wheels WHEELS`.",
+        ),
         (
             r"No matching distribution|Could not find a version|ConnectionError|NewConnectionError|Name or service|"
             r"Temporary failure|timed out",
@@ -281,12 +319,13 @@ def interpreter(name: str) -> Path:
 
 def command(name: str) -> tuple[str, ...]:
     """Arguments for :func:`interpreter`: the runner and the tool chain's worker, cut off from all other paths."""
-    return ("-I", str(RUNNER), str(find(name).worker))
+    return ("-P", "-s", str(RUNNER), str(find(name).worker))
 
 
 def environment() -> dict[str, str]:
-    """Ours without what would lead the child to other libraries."""
-    return {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "LD_"))}
+    """Ours without what would lead the child to other libraries; hashing is fixed: the same request, the same file."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "LD_"))}
+    return {**kept, "PYTHONHASHSEED": "0"}
 
 
 def hint(name: str) -> str:
@@ -306,7 +345,7 @@ def _folders_of(item: Toolchain) -> Iterator[Path]:
 
 
 def _site_packages(item: Toolchain) -> Path:
-    return item.folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    return item.folder / "lib" / f"python{_PYTHON}" / "site-packages"
 
 
 def _size_mib(folder: Path) -> float:

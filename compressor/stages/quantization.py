@@ -11,6 +11,7 @@ from compressor.errors import StageError
 from compressor.ledger import StageOutput, code_digest
 from compressor.profile import HardwareProfile, QuantizationRules
 from compressor.recipe import QuantizeStage
+from compressor.stages.by_target import by_target
 from compressor.stages.mixed import calibration_of, mixed_candidate
 from compressor.stages.run import MODEL_FILE, Run, version
 from compressor.types import Artifact, Format, file_digest
@@ -39,6 +40,8 @@ def int8_candidates(
         except StageError as error:
             failed[variant.name] = str(error)
     found = tuple(artifact for _, artifact in made.values())
+    if profile.quantization.by_target and wanted:
+        found = (*found, by_target(run, student, stage))
     integer = tuple(pair for pair in made.values() if pair[0].kind != "float")
     if stage.restore == "never" or not integer:
         return found, failed

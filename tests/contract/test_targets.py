@@ -14,7 +14,7 @@ from compressor.errors import CompileError, RunError
 from compressor.profile import HardwareProfile, load_profile, profile_names
 from compressor.types import Artifact, Format, TensorSpec, file_digest
 from targets import registry
-from targets.base import Compiled, Missing, Ready, TargetBackend
+from targets.base import Compiled, Missing, Ready, SelfTimed, SelfWeighed, Session, TargetBackend
 
 NAMES = registry.names()
 
@@ -114,11 +114,23 @@ def test_compiles_and_answers_like_the_standard_says(name, small, tmp_path, exer
     with backend.open(compiled, profile) as session:
         first = session.run(inputs)
         again = session.run(inputs)
+        check_of_itself(session, {"image": inputs["image"][:1]})
     expected = ReferenceEvaluator(str(small.path)).run(None, inputs)[0]
     error = backend.float_error
     np.testing.assert_allclose(first["logits"], expected, rtol=error, atol=error * abs(expected).max() / 10)
     np.testing.assert_array_equal(first["logits"], again["logits"])
     np.testing.assert_array_equal(inputs["image"], before)
+
+
+def check_of_itself(session: Session, sample: dict[str, np.ndarray]) -> None:
+    """A model that does not live in this process: its own times and memory."""
+    if isinstance(session, SelfTimed):
+        times = session.times_ns(sample, 3)
+        assert len(times) == 3
+        assert min(times) >= 0
+    if isinstance(session, SelfWeighed):
+        before, peak = session.resident_mib()
+        assert 0 < before <= peak
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,5 +1,4 @@
-"""ExecuTorch with XNNPACK: phones, boards, and this machine. See docs/targets/executorch.md."""
+"""ExecuTorch with XNNPACK: phones, boards, and this machine. See docs/targets/executorch.md.
 
-from targets.backends.executorch.backend import ExecuTorch
-
-__all__ = ["ExecuTorch"]
+Nothing is imported here: ``module.py`` and ``operators.py`` run in the tool chain's environment, the back end in ours.
+"""

@@ -1,30 +1,36 @@
-"""The back end ``executorch``: ``.pte`` programs for the XNNPACK delegate, lowered in a child process, run here."""
+"""The back end ``executorch``: ``.pte`` programs for the XNNPACK delegate, lowered and run by the tool chain.
+
+The runtime and its exporter live in a process of their own; its worker times each run beside the model, so that neither
+the pipe nor the files in between are in the figures.
+"""
 
 from __future__ import annotations
 
-import importlib.util
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+import numpy as np
 from pydantic import Field
 
 from compressor.config import Frozen, validate
-from compressor.errors import CompileError, RunError, sdk_errors
+from compressor.errors import CompileError, RunError
 from compressor.machine import detect, usable_cores
 from compressor.profile import HardwareProfile
 from compressor.types import Array, Artifact, Format, Origin
+from targets import toolchain
 from targets.base import Compiled, Coverage, Missing, NodeFact, Ready, Session, TargetBackend, option_problems
-from targets.isolation import Limits, call_worker
-from targets.static_graph import fixed_shapes
+from targets.graph_file import save_graph
+from targets.isolation import Limits
+from targets.static_graph import fixed_shapes, read_static
 from targets.static_session import StaticSession
+from targets.toolchain_session import Worker, exchange, open_worker
 
-INSTALL = "pip install 'compress-for-device[executorch]'"
-_COMMAND = ("-m", "targets.backends.executorch.worker")
+TOOLCHAIN = "executorch"
+_WHAT = "ExecuTorch"
 
 
 class ExecuTorchOptions(Frozen):
@@ -50,14 +56,10 @@ class ExecuTorch(TargetBackend):
     summary: ClassVar[str] = "ExecuTorch with XNNPACK on a CPU (Android, iOS, Arm, x86-64): .pte files, int8 from QDQ"
 
     def probe(self) -> Ready | Missing:
-        """By name only: importing ExecuTorch takes many seconds, and that is paid when a program is made or run."""
-        for package in ("executorch", "torch", "torchao"):
-            if importlib.util.find_spec(package) is None:
-                return Missing(reason=f"{package} is not installed", hint=INSTALL)
-        try:
-            versions = {name: version_of(name) for name in ("executorch", "torch")}
-        except PackageNotFoundError as error:
-            return Missing(reason=f"{error.name} is not installed as a package", hint=INSTALL)
+        if not toolchain.is_ready(TOOLCHAIN):
+            return Missing(f"tool chain {TOOLCHAIN} is {toolchain.status(TOOLCHAIN).state}", toolchain.hint(TOOLCHAIN))
+        pins = toolchain.find(TOOLCHAIN).pins()
+        versions = {name: pins[name] for name in ("executorch", "torch")}
         return Ready(detect().processor, versions, runs=Origin.MEASURED)
 
     def check(self, artifact: Artifact, profile: HardwareProfile) -> tuple[str, ...]:  # noqa: ARG002
@@ -68,19 +70,16 @@ class ExecuTorch(TargetBackend):
         """Write ``.pte`` with the profile's batch and ``options.max_sequence`` as fixed shapes."""
         if problems := self.check(artifact, profile):
             raise CompileError("; ".join(problems), hint="Mend the profile's [options].")
-        started = time.perf_counter()
-        options = options_of(profile)
+        started, options = time.perf_counter(), options_of(profile)
         shapes = fixed_shapes(artifact.inputs, profile.runtime.batch, options.max_sequence)
+        graph = read_static(artifact.path, shapes)
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"{artifact.name.replace('/', '-')}.pte"
-        request = {"onnx": str(artifact.path.resolve()), "pte": str(path.resolve()), "shapes": shapes}
-        limits = Limits(options.timeout_s, options.memory_limit_mib)
-        reply = call_worker(_COMMAND, request, limits, "the ExecuTorch lowering")
-        if not reply["ok"]:
-            raise CompileError(
-                f"ExecuTorch refused `{artifact.name}`: {reply['error']}",
-                hint=reply.get("hint") or "docs/targets/executorch.md lists the operators that have a form in torch.",
-            )
+        with tempfile.TemporaryDirectory(prefix="compress-executorch-") as scratch:
+            file = Path(scratch) / "graph.npz"
+            save_graph(graph, file)
+            request = {"action": "compile", "graph": str(file), "pte": str(path.resolve())}
+            reply = toolchain.call(TOOLCHAIN, request, _limits(options), f"{_WHAT} on `{artifact.name}`")
         return Compiled(
             path=path,
             artifact=artifact,
@@ -92,16 +91,50 @@ class ExecuTorch(TargetBackend):
 
     @contextmanager
     def open(self, compiled: Compiled, profile: HardwareProfile) -> Iterator[Session]:
-        """Load the program in ExecuTorch's runtime."""
-        threads = (
-            profile.runtime.threads if profile.here == "this-machine" else min(profile.runtime.threads, usable_cores())
-        )
-        options = options_of(profile)
-        shapes = fixed_shapes(compiled.artifact.inputs, profile.runtime.batch, options.max_sequence)
-        with sdk_errors(RunError, f"load `{compiled.path.name}` in ExecuTorch"):
-            call = ExecuTorchCall(compiled, threads)
-            session = StaticSession(compiled.artifact, shapes, call)
-        yield session
+        """Load the program in ExecuTorch's runtime, in a process of the tool chain that stays."""
+        if not compiled.path.is_file():
+            raise RunError(f"`{compiled.path}` does not exist")
+        options, artifact = options_of(profile), compiled.artifact
+        shapes = fixed_shapes(artifact.inputs, profile.runtime.batch, options.max_sequence)
+        request = {
+            "action": "open",
+            "pte": str(compiled.path.resolve()),
+            "inputs": shapes,
+            "outputs": [spec.name for spec in artifact.outputs],
+            "threads": profile.runtime.threads
+            if profile.here == "this-machine"
+            else min(profile.runtime.threads, usable_cores()),
+        }
+        with open_worker(TOOLCHAIN, _limits(options), _WHAT) as worker, tempfile.TemporaryDirectory() as folder:
+            worker.ask(request)
+            yield ExecuTorchSession(artifact, shapes, worker, Path(folder))
+
+
+class ExecuTorchSession(StaticSession):
+    """Runs go to the worker; their times and its memory come from there."""
+
+    def __init__(self, artifact: Artifact, shapes: Mapping[str, tuple[int, ...]], worker: Worker, folder: Path) -> None:
+        super().__init__(artifact, shapes, lambda inputs: exchange(worker, folder, inputs), stacked=True)
+        self._worker, self._file = worker, folder / "timed.npz"
+        self._written: Mapping[str, Array] | None = None  # the inputs that lie in the file
+
+    def times_ns(self, inputs: Mapping[str, Array], count: int) -> Sequence[int]:
+        """Time of each of ``count`` runs in the worker, in ns, arrays in and arrays out."""
+        if inputs is not self._written:
+            arrays: dict[str, Any] = dict(self.fitted(inputs))
+            np.savez(self._file, **arrays)
+            self._written = inputs
+        reply = self._worker.ask({"action": "times", "inputs": str(self._file), "count": count})
+        return [int(value) for value in reply["times"]]
+
+    def resident_mib(self) -> tuple[float, float]:
+        """Of the worker: before it loaded the program, and at most."""
+        reply = self._worker.ask({"action": "memory"})
+        return float(reply["baseline_mib"]), float(reply["peak_mib"])
+
+
+def _limits(options: ExecuTorchOptions) -> Limits:
+    return Limits(options.timeout_s, options.memory_limit_mib)
 
 
 def _coverage(reply: Mapping[str, Any]) -> Coverage:
@@ -113,28 +146,3 @@ def _delegation(reply: Mapping[str, Any]) -> str:
     outside = reply["outside"]
     told = ", ".join(f"{count} {name}" for name, count in sorted(outside.items())) or "nothing"
     return f"{reply['delegated']} operations in {reply['delegates']} XNNPACK delegates; in portable kernels: {told}"
-
-
-class ExecuTorchCall:
-    """One run of the method ``forward`` over inputs of exactly the program's shapes."""
-
-    def __init__(self, compiled: Compiled, threads: int) -> None:
-        if not compiled.path.is_file():
-            raise RunError(f"`{compiled.path}` does not exist")
-        import torch
-        from executorch.extension.pybindings import portable_lib
-        from executorch.runtime import Runtime
-
-        self._torch = torch
-        portable_lib._unsafe_reset_threadpool(threads)  # the only way to set its size; there is one for the process
-        self._program = Runtime.get().load_program(str(compiled.path))
-        self._method = self._program.load_method("forward")
-        self._inputs = [spec.name for spec in compiled.artifact.inputs]
-        self._outputs = [spec.name for spec in compiled.artifact.outputs]
-
-    def __call__(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        try:
-            values = self._method.execute([self._torch.from_numpy(inputs[name]) for name in self._inputs])
-            return {name: value.numpy().copy() for name, value in zip(self._outputs, values, strict=True)}
-        except (RuntimeError, ValueError, TypeError, KeyError) as error:
-            raise RunError(f"could not run the model: {type(error).__name__}: {error}") from error
