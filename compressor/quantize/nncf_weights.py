@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, TensorProto, numpy_helper
 
 from compressor.errors import StageError, sdk_errors
 from compressor.models.onnx_graph import opset_of
 from compressor.quantize.nncf_engine import import_nncf, items, silence
 from compressor.quantize.watch import Calibration
-from compressor.quantize.weights import Bits
+from compressor.quantize.weights import Bits, packed
 
 BLOCKWISE_OPSET = 21
+RENAMED = "_compressed_matmul"
 OPTIONS = {"awq": {"awq": True}, "scale-estimation": {"scale_estimation": True}}
 
 
@@ -41,7 +42,23 @@ def compress_weights(
             more |= {"dataset": nncf.Dataset(first), **OPTIONS[method]}
         ignored = nncf.IgnoredScope(names=sorted(skip | _not_products(model)), validate=False)
         result: ModelProto = nncf.compress_weights(model, mode=mode, ignored_scope=ignored, **more)
-    return result
+    return _mended(result)
+
+
+def _mended(model: ModelProto) -> ModelProto:
+    """NNCF 3.4 stores one 4-bit zero point a byte, which ONNX Runtime 1.31 refuses; and it renames the nodes."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "MatMulNBits":
+            continue
+        node.name = node.name.removesuffix(RENAMED)
+        known = {item.name: item.i for item in node.attribute}
+        zeros = stored.get(node.input[3]) if len(node.input) > 3 else None
+        if zeros is not None and known["bits"] == 4 and list(zeros.dims)[-1] == -(-known["K"] // known["block_size"]):
+            array = packed(numpy_helper.to_array(zeros), 4)
+            if array.shape != tuple(zeros.dims):
+                zeros.CopyFrom(numpy_helper.from_array(array, zeros.name))
+    return model
 
 
 def _not_products(model: ModelProto) -> set[str]:

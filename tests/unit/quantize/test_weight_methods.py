@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.errors import StageError
+from compressor.profile import QuantizationRules
+from compressor.quantize import Variant, quantize
 from compressor.quantize.watch import watch
 from compressor.quantize.weights import Inputs, dequantized, quantize_weights, round_to_nearest
 from compressor.quantize.weights.files import Store, read_tensor
@@ -272,3 +274,38 @@ def test_a_model_larger_than_the_limit_is_quantized(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "the whole model fits" not in done.stdout
     assert done.stdout.strip().endswith("24")
+
+
+@pytest.fixture
+def masked(tmp_path):
+    return onnx_models.artifact(onnx_models.transformer(tmp_path / "m.onnx", width=128))
+
+
+def few_bits(engine, method):
+    given = {"operators": ("MatMul",), "bits": 4, "group": 32, "method": method}
+    return Variant(f"int4-weights-{method}-{engine}", engine, "weights", **given)
+
+
+ENGINES = [("onnxruntime", "gptq"), ("onnxruntime", "awq-gptq"), ("nncf", "awq"), ("nncf", "scale-estimation")]
+
+
+@pytest.mark.parametrize(("engine", "method"), ENGINES)
+def test_a_candidate_of_each_engine_runs_and_says_how_it_was_made(tmp_path, masked, engine, method):
+    if engine == "nncf":
+        pytest.importorskip("nncf")
+    inputs = onnx_models.tokens(8)
+    variant = few_bits(engine, method)
+    made = quantize(masked, variant, QuantizationRules(), lambda: iter([inputs]), tmp_path / "q.onnx")
+    assert (made.precision, made.scheme["method"], made.scheme["engine"]) == ("int4-weights", method, engine)
+    state = {fact.layer: fact.action for fact in made.facts}
+    assert [name for name, action in state.items() if action == "quantized"] == [
+        f"{name}_MatMul" for name in ("q", "k", "v", "o1", "f1", "f2")
+    ]
+    assert (state["e_Gather"], state["logits_Gemm"]) == ("left-float", "left-float")
+    operators = [node.op_type for node in onnx.load(made.path).graph.node]
+    assert operators.count("MatMulNBits") == 6
+    wanted, got = onnx_models.run(masked.path, inputs), onnx_models.run(made.path, inputs)
+    assert np.abs(got - wanted).max() < 0.3 * np.abs(wanted).max()
+    told = [fact.reason for fact in made.facts if fact.action == method]
+    assert len(told) == (6 if engine == "onnxruntime" else 0)
+    assert all("of nearest rounding's" in reason for reason in told)
