@@ -40,7 +40,7 @@ docs: $(STAMP)
 
 # what cannot be installed (no network, no npm) is said, and its tests are skipped with the reason
 toolchains: $(STAMP)
-	for name in ethos-u tflite-micro web qnn; do \
+	for name in ethos-u tflite-micro web qnn coreml executorch rknn; do \
 		$(BIN)/compress-for-device toolchain install $$name >/dev/null || echo "tool chain $$name is not here: its tests are skipped"; \
 	done
 
