@@ -328,6 +328,7 @@ class DistilStage(Frozen):
 
 
 Correction = Literal["equalise", "smooth", "bias"]
+WeightMethod = Literal["auto", "rtn", "scale-estimation", "gptq", "awq", "awq-gptq"]
 
 
 class QuantizeStage(Frozen):
@@ -344,9 +345,7 @@ class QuantizeStage(Frozen):
     weights: tuple[Literal["int8", "int4"], ...] = ()  # also weight-only files of MatMul (ONNX Runtime's MatMulNBits)
     group: Literal[16, 32, 64, 128, 256] = 32  # input rows that share a scale in them
     floats: tuple[Literal["fp16", "bf16", "fp8"], ...] | Literal["auto"] = "auto"  # auto: those the profile takes
-    weight_method: Literal["auto", "rtn", "scale-estimation", "gptq", "awq", "awq-gptq"] = (
-        "auto"  # rtn: round to nearest; the others use calibration data. auto: int8 by rtn, int4 by the best measured
-    )
+    weight_method: WeightMethod = "auto"  # rtn needs no data; auto: int8 by rtn, int4 by gptq (docs/quantize.md)
 
 
 Stage = Annotated[StudentStage | PruneStage | DistilStage | QuantizeStage, Field(discriminator="kind")]
