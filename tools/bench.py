@@ -340,6 +340,11 @@ def fashion_mnist_exits(work: Path) -> None:
     run_recipe("fashion-mnist-exits", work, *words)
 
 
+def qat(_work: Path) -> None:
+    """Quantization-aware training with a teacher, with labels, and none; scores stay under build/qat."""
+    command([sys.executable, "-m", "tools.bench_qat", "--out", str(EVIDENCE / "qat.md")])
+
+
 SECTIONS: dict[str, Callable[[Path], None]] = {
     "fashion-mnist": fashion_mnist,
     "movie-reviews": movie_reviews,
@@ -354,6 +359,7 @@ SECTIONS: dict[str, Callable[[Path], None]] = {
     "repeatability": repeatability,
     "profiles-cost": profiles_cost,
     "quantizers": quantizers,
+    "qat": qat,
     "delta": delta,
     "causal-lm": causal_lm,
     "grapheme-to-phoneme": grapheme_to_phoneme,

@@ -325,7 +325,7 @@ def _bits(bench: Bench, by_name: Mapping[str, Arm], few: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--few", type=int, default=3, help="seeds of the table of bits")
+    parser.add_argument("--few", type=int, default=2, help="seeds of the table of bits")
     parser.add_argument("--work", type=Path, default=Path("build/qat"))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

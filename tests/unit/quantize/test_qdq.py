@@ -168,3 +168,60 @@ def test_codes_are_packed_with_the_first_in_the_lowest_bits():
     made = pack(values, 2)
     assert made.shape == (3, 2)
     assert np.array_equal(np.stack([(made >> shift) & 3 for shift in (0, 2, 4, 6)], -1).reshape(3, 8), values)
+
+
+def test_a_transformer_as_the_exporter_writes_it_keeps_every_output(tmp_path):
+    from compressor.distil.rounding import install
+    from compressor.export.onnx import export_onnx
+    from compressor.export.optimise import optimise
+    from compressor.models.onnx_graph import read_model
+    from compressor.qat import Qat
+    from compressor.types import TensorSpec
+    from tests.unit.distil.toy import Sentences, transformer
+
+    sentences, module = Sentences("train", 24, 1).batch(range(24)), transformer(1, 3)
+    tensors = {name: torch.from_numpy(array) for name, array in sentences.items()}
+    install(module, Qat(weights="int4", int8=("head",)), PLAIN, tensors, lambda: [tensors])
+    specs = [TensorSpec(name, "int64", ("batch", "sequence")) for name in sentences]
+    output = [TensorSpec("logits", "float32", ("batch", 2))]
+    export_onnx(settled(module), sentences, specs, output, tmp_path / "raw.onnx", name="text", metadata={})
+    optimise(tmp_path / "raw.onnx", tmp_path / "fp32.onnx")
+    layers = trained_layers(module)
+    assert len(layers) == 6
+    model, stored = write_pairs(read_model(tmp_path / "fp32.onnx"), layers, PLAIN, packed=False)
+    assert lint(model, PLAIN) == ()
+    assert [item.layer.name for item in stored if item.layer.name.endswith("key")] == ["layers.0.attention.key"]
+    products = [node for node in model.graph.node if node.op_type == "MatMul"]
+    read = {node.input[0] for node in products if node.input[1].endswith(node.name)}
+    assert len(read) == 3  # query, key and value read one pair
+    save_model(model, tmp_path / "model.onnx")
+    with torch.no_grad():
+        want = module(**tensors).numpy()
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = LEVELS[0]
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    gap = np.abs(session.run(None, dict(sentences))[0] - want)
+    assert np.mean(gap < 1e-5) >= 0.9  # a sum in another order may cross a rounding boundary
+    assert gap.max() < 0.05
+
+
+def test_a_file_that_computes_something_else_is_not_handed_on(tmp_path):
+    from types import SimpleNamespace
+
+    from compressor.stages.qat import check_parity
+
+    module = trained()
+    model, _ = write_pairs(onnx_of(settled(module)), trained_layers(module), PLAIN, packed=False)
+    split = type("Split", (), {"batch": lambda _, index: {"image": IMAGES[index]}, "__len__": lambda _: 16})()
+
+    def runner(part):
+        return lambda inputs: {"logits": part(torch.from_numpy(inputs["image"])).detach().numpy()}
+
+    run_ = SimpleNamespace(data=SimpleNamespace(splits={"validation": split}), runner=runner)
+    save_model(model, tmp_path / "model.onnx")
+    assert check_parity(run_, module, tmp_path / "model.onnx").startswith("logits: 100.00% within")
+    scale = next(tensor for tensor in model.graph.initializer if tensor.name == "head.weight_scale")
+    scale.CopyFrom(onnx.numpy_helper.from_array(np.roll(onnx.numpy_helper.to_array(scale), 1) * 2, scale.name))
+    save_model(model, tmp_path / "model.onnx")
+    with pytest.raises(StageError, match="differs from the trained student"):
+        check_parity(run_, module, tmp_path / "model.onnx")
