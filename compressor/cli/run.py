@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from compressor.cli.along import train_along
 from compressor.cli.integrity import findings
 from compressor.cli.latency import layer_cost
 from compressor.cli.output import Progress, stdout_json
@@ -29,7 +30,7 @@ from compressor.ledger import Event, EventLog, Ledger, code_digest, digest_of
 from compressor.pipeline import Built, Pair, Pipeline
 from compressor.profile import HardwareProfile, load_profile, profile_names
 from compressor.rules import trained_rules
-from compressor.stages.training import follow, release
+from compressor.stages.training import release
 from compressor.types import Array, write_atomic
 
 if TYPE_CHECKING:
@@ -57,14 +58,6 @@ def run_command(request: Request, *, remeasure: bool, as_json: bool, tracker: st
     else:
         show(summary, paths)
     return exit_code(summary)
-
-
-def train_along(session: Session, ledger: Ledger) -> int:
-    """A process that `accelerate launch` started beside the first one: it trains with it and writes nothing."""
-    channels, rules = session.plan.channel_multiple, trained_rules(session.recipe, session.profiles)
-    run = Pipeline(session.recipe, session.model, session.data, ledger, round_to=channels, panel=session.panel).run
-    follow(replace(run, rules=rules))
-    return 0
 
 
 def exit_code(summary: RunSummary) -> int:
