@@ -77,7 +77,8 @@ class Pipeline:
         ``cost`` names and prices layer shapes for latency-aware pruning. ``rules``: what fake quantization trains for.
         """
         self.run = Run(recipe, model, data, ledger, round_to, on_event, panel)
-        self.run.teacher_data = original[1] if original else None
+        if original is not None:
+            self.run.original, self.run.teacher_data = original
         self.run.rules = rules or self.run.rules
         if cost is not None:
             self.run.cost_name, self.run.cost = cost

@@ -89,7 +89,8 @@ def _token_problems(recipe: Recipe) -> list[Problem]:
     for number, stage in enumerate(recipe.stage):
         where = f"stage.{number}.{stage.kind}"
         if number and isinstance(stage, StudentStage) and stage.tokenizer is not None:
-            problems.append(Problem(f"{where}.tokenizer", "is exchanged in the first stage: all others read its tokens"))
+            what = "is exchanged in the first stage: all others read its tokens"
+            problems.append(Problem(f"{where}.tokenizer", what))
         cuts = isinstance(stage, PruneStage) and stage.zeros is None
         if dropped and (
             cuts or (isinstance(stage, DistilStage) and (stage.cofi is not None or stage.supernet is not None))

@@ -182,6 +182,9 @@ class StudentStage(Frozen):
     vocabulary: Literal["corpus"] | None = None  # texts: only the tokens of train, validation, calibration, transfer
     keep_tokens: Annotated[int, Field(ge=1)] | None = None  # of these at most so many, the most frequent
     extra_corpus: str | None = None  # a text file whose tokens stay too, a text a line
+    tokenizer: str | None = None  # texts: another one, a checkpoint folder (or, without `omp`, a tokenizer.json)
+    transplant: Literal["omp", "pieces", "mean", "zero"] = "omp"  # how tokens that only it has get their embedding
+    atoms: Annotated[int, Field(ge=1)] = 64  # omp: shared tokens that a new one is combined of, at most
     rank: Annotated[float, Field(gt=0, lt=1)] | None = (
         None  # low rank: share of a layer's multiply-accumulates that stay
     )
@@ -221,6 +224,10 @@ class StudentStage(Frozen):
     def _goes_together(self) -> StudentStage:
         if self.vocabulary is None and (self.keep_tokens is not None or self.extra_corpus is not None):
             raise ValueError('`keep_tokens` and `extra_corpus` need `vocabulary = "corpus"`')
+        if self.tokenizer is None and {"transplant", "atoms"} & self.model_fields_set:
+            raise ValueError("`transplant` and `atoms` need `tokenizer`")
+        if self.tokenizer is not None and self.vocabulary is not None:
+            raise ValueError("`tokenizer` and `vocabulary` do not go together")
         if self.rank is not None and self.rank_energy is not None:
             raise ValueError("give `rank` or `rank_energy`, not both")
         if self.rank_inputs and self.rank is None and self.rank_energy is None and not self.ranks:

@@ -125,57 +125,9 @@ def mobilenet_v2(work: Path) -> None:
 
 def public_models(work: Path) -> None:
     """ONNX files that no one here trained, through the post-training path."""
-    folder = work / "public"
-    command([sys.executable, "-m", "tools.public_models", str(folder)])
-    lines = [
-        "| model | ships | agreement with fp32 | p50 of fp32 | p50 | speed-up | size | why |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for model in sorted(folder.glob("*.onnx")):
-        before = model.read_bytes()
-        words = [
-            "--model",
-            str(model),
-            "--data",
-            str(model.with_suffix(".npz")),
-            "--task",
-            "generic",
-            "--max-drop",
-            "2%",
-        ]
-        text = command(
-            [*CLI, "run", *words, "--profile", "this-machine", "--out", str(work / "runs"), "--json"], accept=(0, 3)
-        )
-        assert model.read_bytes() == before, f"{model} was changed"
-        lines.append(public_row(model.stem, json.loads(text)["report"]))
-    page = [
-        "# ONNX files that no one here trained\n",
-        "Post-training path only, promise: at most 2 points of agreement lost. `python -m tools.bench public-models`\n",
-        *lines,
-    ]
-    (EVIDENCE / "public-models.md").write_text("\n".join(page) + "\n")
+    from tools.public_page import page
 
-
-def public_row(name: str, report: dict[str, Any]) -> str:
-    """The shipped file of one public model beside its fp32 original."""
-    rows = report["outcomes"][0]["rows"]
-    shipped = next(row for row in rows if row["shipped"])
-    teacher = next(row for row in rows if row["artifact"].startswith("teacher"))
-    rejected = "; ".join(
-        f"{row['artifact'].removeprefix('student/')}: {row['reason'].removeprefix('rejected: ')}"
-        for row in rows
-        if "int8" in row["artifact"] and not row["shipped"]
-    )
-    never = "; ".join(
-        f"{key.split(': ')[-1]}: {why}" for key, why in report["rejected"].items() if "dynamic" not in key
-    )
-    size = f"{teacher['file_bytes']['value'] / 1024:.0f} -> {shipped['file_bytes']['value'] / 1024:.0f} KiB"
-    score = shipped["test"]["value"] if "value" in shipped["test"] else float("nan")
-    before = teacher["latency"]["value"]
-    return (
-        f"| {name} | {shipped['artifact'].removeprefix('student/')} | {score:.4f} | {before:.3f} ms "
-        f"| {shipped['latency']['value']:.3f} ms | {shipped['speedup']['value']:.2f}x | {size} | {rejected} {never} |"
-    )
+    (EVIDENCE / "public-models.md").write_text(page(command, work))
 
 
 def distil_speed(work: Path) -> None:
@@ -227,16 +179,11 @@ def repeatability(work: Path) -> None:
     (EVIDENCE / "repeatability.md").write_text(page)
 
 
-def quantizers(work: Path) -> None:
-    """Ours beside the defaults of ONNX Runtime and NNCF, on the student of each recipe that has been run."""
-    for section, factory in (("fashion-mnist", "examples.fashion_mnist.model:teacher"), ("movie-reviews", "")):
-        report = json.loads((EVIDENCE / section / "report.json").read_text())
-        run = work / "runs" / "runs" / report["digest"][:16]
-        student = (run / report["artifacts"]["student/fp32"]["path"]).resolve()
-        words = [sys.executable, "-m", "tools.bench_quantize", str(student), str(work / f"{section}.npz")]
-        words += ["--dump", f"recipes/{section}.toml", *(["--factory", factory] if factory else [])]
-        page = f"# Quantizers side by side: {section}\n\nOne process, the same fp32 file and calibration data:\n\n"
-        (EVIDENCE / f"quantizers-{section}.md").write_text(page + command(words))
+def quantize(work: Path) -> None:
+    """Ours beside Olive, NNCF, ModelOpt and ONNX Runtime's quantizers on two students."""
+    from tools.quantize_section import page
+
+    (EVIDENCE / "quantize.md").write_text(page(command, work))
 
 
 def profiles_cost(work: Path) -> None:
@@ -329,7 +276,7 @@ def token_drop(_: Path) -> None:
 def delta(work: Path) -> None:
     """A fine-tuned update as a delta (Q4): MiniLM-L6 and its fine-tuning on movie reviews."""
     words = [sys.executable, "-m", "tools.bench_delta", "--work", os.path.relpath(work / "delta", ROOT)]
-    page = "# An update as a delta\n\n`python -m tools.bench delta`: the same classifier with the encoder as it was and as it "
+    page = "# An update as a delta\n\n`python -m tools.bench delta`: a classifier, its encoder as it was and as it "
     page += "was fine-tuned, 2,063 test sentences, one seed.\n\n" + command(words)
     (EVIDENCE / "delta.md").write_text(page)
 
@@ -345,6 +292,13 @@ def qat(_work: Path) -> None:
     command([sys.executable, "-m", "tools.bench_qat", "--out", str(EVIDENCE / "qat.md")])
 
 
+def transplant(_: Path) -> None:
+    """A language model under another tokenizer, untrained."""
+    from tools.bench_transplant import page
+
+    (EVIDENCE / "transplant.md").write_text(page())
+
+
 SECTIONS: dict[str, Callable[[Path], None]] = {
     "fashion-mnist": fashion_mnist,
     "movie-reviews": movie_reviews,
@@ -358,7 +312,7 @@ SECTIONS: dict[str, Callable[[Path], None]] = {
     "sparsity": sparsity,
     "repeatability": repeatability,
     "profiles-cost": profiles_cost,
-    "quantizers": quantizers,
+    "quantize": quantize,
     "qat": qat,
     "delta": delta,
     "causal-lm": causal_lm,
@@ -367,6 +321,7 @@ SECTIONS: dict[str, Callable[[Path], None]] = {
     "pruning": pruning,
     "searches": searches,
     "token-drop": token_drop,
+    "transplant": transplant,
     "fashion-mnist-exits": fashion_mnist_exits,
 }
 

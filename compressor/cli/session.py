@@ -221,9 +221,10 @@ def _smaller_vocabulary(
     recipe: Recipe, model: LoadedModel, data: DataBundle, raw: RawData
 ) -> tuple[LoadedModel, DataBundle, tuple[LoadedModel, DataBundle] | None, str]:
     """Model and data as the student sees them, those of the teacher where they differ, and what became of the words."""
-    from compressor.students.vocabulary import trim
+    from compressor.students.transplant import Transplanted, transplant
+    from compressor.students.vocabulary import Trimmed, trim
 
-    made = trim(model, data, raw, recipe)
+    made: Trimmed | Transplanted | None = trim(model, data, raw, recipe) or transplant(model, data, raw, recipe)
     return (model, data, None, "") if made is None else (made.model, made.data, (model, data), made.text)
 
 

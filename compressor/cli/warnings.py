@@ -32,7 +32,7 @@ def plan_warnings(recipe: Recipe, model: LoadedModel, data: DataBundle) -> tuple
     if data.duplicates_dropped:
         found.append(f"{data.duplicates_dropped} train samples that also stand in test were dropped")
     found += _training_warnings(recipe, model)
-    found += _pass_notes(recipe)
+    found += _pass_notes(recipe) + _tokenizer_notes(recipe, model)
     if recipe.null_twin and not any(isinstance(stage, DistilStage) for stage in recipe.stage):
         found.append("no null twin: nothing is trained in this recipe")
     elif recipe.null_twin and not labelled(data):
@@ -51,6 +51,23 @@ def _training_warnings(recipe: Recipe, model: LoadedModel) -> list[str]:
 
     stages = [stage for stage in recipe.stage if isinstance(stage, DistilStage)]
     return [text for stage in stages for text in warnings(stage, model.module)]
+
+
+def _tokenizer_notes(recipe: Recipe, model: LoadedModel) -> list[str]:
+    """What another tokenizer means for teaching and for scores."""
+    from compressor.students.transplant import transplant_stage
+
+    if transplant_stage(recipe) is None:
+        return []
+    found = []
+    if any(item.use for stage in recipe.stage if isinstance(stage, DistilStage) for item in stage.objective):
+        found.append(
+            "the main teacher reads the new tokens as averages of its own; give its checkpoint again as "
+            "`[[teacher.more]]` to be taught by it under its own tokenizer (`alm`, `uld`, `vocab-match`, `vocab-map`)"
+        )
+    if model.task == "causal-lm":
+        found.append("perplexities of teacher and student are per token, and their tokens differ")
+    return found
 
 
 def _pass_notes(recipe: Recipe) -> list[str]:

@@ -8,7 +8,7 @@ gets the smaller tables by :func:`vocabulary_steps`, and the map goes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import PlanError
-from compressor.models.rebuild import ranges_of
+from compressor.models.rebuild import ranges_of, sync_sizes
 
 KEY = "vocabulary"
 SPECIAL = ("pad", "eos", "bos", "cls", "sep", "mask", "unk", "decoder_start")
@@ -129,6 +129,62 @@ def _rename_special(twin: nn.Module, embedding: nn.Embedding, new: dict[int, int
                 setattr(config, f"{word}_token_id", [new[item] for item in value if item in new])
 
 
+def table_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """The tables of a model by parameter name: the embedding, and of a language model its output's weight (where it is
+    not the embedding's) and bias.
+
+    Raises:
+        PlanError: there is no single embedding of tokens.
+    """
+    tables = tables_of(module)
+    if tables is None:
+        raise PlanError.single(KEY, "matches nothing: the model has no single embedding of tokens")
+    embedding = module.get_submodule(tables.embedding)
+    found = {f"{tables.embedding}.weight": embedding.weight}
+    if tables.output is not None:
+        output = module.get_submodule(tables.output)
+        if output.weight is not embedding.weight:
+            found[f"{tables.output}.weight"] = output.weight
+        if output.bias is not None:
+            found[f"{tables.output}.bias"] = output.bias
+    return found
+
+
+def with_tables(module: nn.Module, rows: Mapping[str, Tensor], ids: Mapping[int, int]) -> nn.Module:
+    """A twin of ``module`` (it shares the other weights) with other tables, by the names of :func:`table_parameters`.
+
+    ``ids``: old id -> new id, of the special tokens that the model's own code reads.
+
+    Raises:
+        PlanError: the model counts positions from its padding id, which would change.
+    """
+    shared = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
+    twin = copy.deepcopy(module, shared)
+    size = len(next(iter(rows.values())))
+    tables = table_parameters(twin)
+    for name, table in tables.items():
+        set_rows(twin, table, rows[name])
+    where = tables_of(twin)
+    assert where is not None  # table_parameters found it
+    _rename_special(twin, twin.get_submodule(where.embedding), dict(ids))
+    before = len(next(iter(table_parameters(module).values())))
+    for part in twin.modules():
+        config = getattr(part, "config", None)
+        if getattr(config, "vocab_size", None) == before:
+            config.vocab_size = size
+    return twin
+
+
+def set_rows(module: nn.Module, old: Tensor, rows: Tensor) -> None:
+    """Put a parameter with other rows in the place of ``old``, wherever it stands: what is tied stays tied."""
+    new = nn.Parameter(rows.to(old.dtype).clone(), requires_grad=old.requires_grad)
+    for part in module.modules():
+        for name, tensor in part._parameters.items():
+            if tensor is old:
+                part._parameters[name] = new
+                sync_sizes(part)
+
+
 def kept_ids(module: nn.Module) -> list[int] | None:
     """The ids that a module made by :func:`read_ids` keeps; None for another one."""
     for part in module.modules():
@@ -167,4 +223,14 @@ def drop_maps(module: nn.Module) -> None:
                 del hooks[key]
 
 
-__all__ = ["Tables", "drop_maps", "kept_ids", "read_ids", "tables_of", "vocabulary_steps"]
+__all__ = [
+    "Tables",
+    "drop_maps",
+    "kept_ids",
+    "read_ids",
+    "set_rows",
+    "table_parameters",
+    "tables_of",
+    "vocabulary_steps",
+    "with_tables",
+]

@@ -59,6 +59,7 @@ class Run:
     rules: QuantizationRules = field(
         default_factory=QuantizationRules
     )  # of fake quantization
+    original: LoadedModel | None = None  # the teacher with its own vocabulary, where the student's differs
     teacher_data: DataBundle | None = None  # as the teacher's own file takes it, where the student's vocabulary differs
 
     @cached_property

@@ -9,6 +9,7 @@ from typing import Any
 from compressor.ledger import StageOutput, code_digest
 from compressor.recipe import PruneStage, StudentStage
 from compressor.stages.run import Line, Run
+from compressor.types import LayerFact
 
 CURVES_FILE = "curves.json"
 
@@ -30,6 +31,7 @@ def surgery(run: Run, line: Line, stage: StudentStage | PruneStage) -> Line:
             "models/structure",
             "models/vocabulary",
             "models/lowrank",
+            "models/omp",
             "models/patterns",
             "models/shapes",
             "models/signals",
@@ -93,6 +95,7 @@ def _cut(run: Run, line: Line, stage: StudentStage | PruneStage, folder: Path) -
             from compressor.stages.searching import settled
             from compressor.students import make_student
 
+            module, exchanged = _exchanged(run, module, stage)
             found = settled(run, module, stage, example, folder)
             student = make_student(
                 module,
@@ -102,12 +105,21 @@ def _cut(run: Run, line: Line, stage: StudentStage | PruneStage, folder: Path) -
                 calibration=run.calibration_tensors(256),
                 round_to=_multiple(run, stage),
             )
-            made, record, facts = student.module, student.record, (*found.facts, *student.facts)
+            made, record, facts = student.module, student.record, (*exchanged, *found.facts, *student.facts)
             metrics = {**found.metrics, "parameters_after": student.parameters_after}
             if stage.drop_tokens:
                 metrics |= {"macs_before": count_macs(module, example), "macs_after": count_macs(made, example)}
     save_student(folder, made, [*line.record, *record])
     return StageOutput(metrics, facts)
+
+
+def _exchanged(run: Run, module: Any, stage: StudentStage) -> tuple[Any, list[LayerFact]]:
+    """The model with the tables that another tokenizer asks for, where one does."""
+    if stage.tokenizer is None or run.original is None:
+        return module, []
+    from compressor.students.transplant import settle
+
+    return settle(module, run.original, stage)
 
 
 def _curves(run: Run, line: Line, stage: PruneStage) -> Any:

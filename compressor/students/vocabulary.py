@@ -85,12 +85,12 @@ def _trim(
         model,
         module=module,
         preprocess=_renamed(text, small.keep),
-        outputs=_outputs(model, module, len(small.keep)),
+        outputs=outputs_over(model, module, len(small.keep)),
         files={**model.files, text.tokenizer_file: small.content},
     )
     quick = config if config.near_duplicates == "drop" else config.model_copy(update={"near_duplicates": "off"})
     made = load_data(quick, own, seed=seed, raw=raw)
-    digests = {name: _digest(value, small.content) for name, value in data.digests.items()}
+    digests = {name: digest_with(value, small.content) for name, value in data.digests.items()}
     told = _told(small, counts, data, made, model)
     return Trimmed(own, replace(made, digests=digests, near=data.near, notes=data.notes), told, small.keep)
 
@@ -135,7 +135,8 @@ def _renamed(text: TextInput, keep: Array) -> TextInput:
     return text.model_copy(update=changed)
 
 
-def _outputs(model: LoadedModel, module: Any, tokens: int) -> Any:
+def outputs_over(model: LoadedModel, module: Any, tokens: int) -> Any:
+    """The outputs of a model whose vocabulary has so many tokens now."""
     from compressor.models.vocabulary import tables_of
 
     tables = tables_of(module)
@@ -145,7 +146,8 @@ def _outputs(model: LoadedModel, module: Any, tokens: int) -> Any:
     return (replace(first, shape=(*first.shape[:-1], tokens)), *model.outputs[1:])
 
 
-def _digest(value: str, tokenizer: bytes) -> str:
+def digest_with(value: str, tokenizer: bytes) -> str:
+    """A digest of data that are cut by this tokenizer."""
     return "sha256:" + hashlib.sha256(value.encode() + tokenizer).hexdigest()
 
 
@@ -186,4 +188,4 @@ def _told(
     return f"{text}; {share:.1f} % of the validation tokens stand in no other part (so much is new in new text)"
 
 
-__all__ = ["Trimmed", "token_counts", "trim", "unchanged", "vocabulary_stage"]
+__all__ = ["Trimmed", "digest_with", "outputs_over", "token_counts", "trim", "unchanged", "vocabulary_stage"]

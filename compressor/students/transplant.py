@@ -1,0 +1,257 @@
+"""Another tokenizer for a model: tokens of both keep their rows, the others get new ones (methods V3).
+
+The tokenizer is exchanged when a session is opened, since data and model must read the same ids from then on; rows of
+new tokens are then the mean of the rows of their pieces. The student stage makes them well: by orthogonal matching
+pursuit a token's embedding in the model that the tokenizer comes from is written with few embeddings of shared tokens,
+and the same combination of this model's rows is taken (Goddard and Fernandes Neto, "Training-Free Tokenizer
+Transplantation via Orthogonal Matching Pursuit", 2025).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.data.load import load_data
+from compressor.data.raw import RawData
+from compressor.data.types import DataBundle
+from compressor.errors import PlanError, Problem
+from compressor.ledger import digest_of
+from compressor.models.preprocessing import TOKENIZER_FILE, bare_tokenizer
+from compressor.models.types import LoadedModel, TextInput
+from compressor.recipe import Recipe, StudentStage, TeacherConfig
+from compressor.students.surfaces import Vocabulary, vocabulary_of, words
+from compressor.students.vocabulary import digest_with, outputs_over
+from compressor.types import LayerFact, file_digest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+KEY = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Transplanted:
+    """Model and data under the other tokenizer, and what became of the tokens in words."""
+
+    model: LoadedModel
+    data: DataBundle
+    text: str
+
+
+def transplant_stage(recipe: Recipe) -> tuple[str, StudentStage] | None:
+    """The student stage that asks for another tokenizer, and its name in messages."""
+    for position, stage in enumerate(recipe.stage):
+        if isinstance(stage, StudentStage) and stage.tokenizer is not None:
+            return f"stage.{position}.{stage.kind}", stage
+    return None
+
+
+def transplant(model: LoadedModel, data: DataBundle, raw: RawData, recipe: Recipe) -> Transplanted | None:
+    """Model and data under another tokenizer; None when no stage asks for it.
+
+    Raises:
+        PlanError: the model reads no texts, or the tokenizer cannot be read or shares no token with the model's own.
+    """
+    asked = transplant_stage(recipe)
+    if asked is None:
+        return None
+    where, stage = asked
+    try:
+        return _transplant(model, data, raw, recipe, stage)
+    except PlanError as error:
+        problems = [Problem(f"{where}.{item.where}", item.what) for item in error.problems]
+        raise PlanError("the tokenizer", problems, hint=error.hint) from error
+
+
+def _transplant(
+    model: LoadedModel, data: DataBundle, raw: RawData, recipe: Recipe, stage: StudentStage
+) -> Transplanted:
+    from compressor.models.vocabulary import with_tables
+
+    text = model.preprocess
+    if not isinstance(text, TextInput) or model.module is None:
+        raise PlanError.single(KEY, "matches nothing: only a checkpoint that reads texts has a tokenizer")
+    content = tokenizer_content(stage)
+    pair = Pair.of(model.files[text.tokenizer_file], content)
+    if not pair.shared:
+        raise PlanError.single(KEY, "shares no token with the model's own tokenizer")
+    rows = start_rows(pair, model, "pieces")
+    module = with_tables(model.module, rows, pair.special_ids(text))
+    preprocess = text.model_copy(update=pair.ids_of(text))
+    weights = [file_digest(file) for file in sorted(Path(str(stage.tokenizer)).glob("*.safetensors"))]
+    parts = {"model": model.provenance.digest, "tokenizer": digest_with("", content), "weights": weights}
+    digest = digest_of(parts)
+    own = replace(
+        model,
+        module=module,
+        preprocess=preprocess,
+        outputs=outputs_over(model, module, pair.new.size),
+        provenance=replace(model.provenance, digest=digest),
+        files={**model.files, text.tokenizer_file: content},
+    )
+    made = load_data(recipe.data, own, seed=recipe.seed, raw=raw)
+    digests = {name: digest_with(value, content) for name, value in data.digests.items()}
+    told = f"tokenizer: {pair.old.size:,} -> {pair.new.size:,} tokens, {len(pair.shared):,} of them shared"
+    return Transplanted(own, replace(made, digests=digests), told)
+
+
+def tokenizer_content(stage: StudentStage) -> bytes:
+    """The other ``tokenizer.json``, without truncation and padding."""
+    path = Path(str(stage.tokenizer))
+    file = path / TOKENIZER_FILE if path.is_dir() else path
+    if stage.transplant == "omp" and not (path / "config.json").is_file():
+        what = (
+            f"`{path}` is no checkpoint folder: `omp` needs the embeddings of the model that the tokenizer comes from"
+        )
+        raise PlanError.single(KEY, what, hint='Give that folder, or transplant = "pieces".')
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError.single(KEY, f"`{file}` cannot be read: {error}") from error
+    vocabulary_of(text.encode(), KEY)  # says what is wrong with a file that is none
+    return bare_tokenizer(text, KEY)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two vocabularies, and the ids of the tokens that both have: new id -> old id."""
+
+    old: Vocabulary
+    new: Vocabulary
+    shared: Mapping[int, int]
+
+    @classmethod
+    def of(cls, old: bytes, new: bytes) -> Pair:
+        before, after = vocabulary_of(old, "the teacher's tokenizer"), vocabulary_of(new, KEY)
+        known = before.ids
+        shared = {number: known[surface] for number, surface in sorted(after.surfaces.items()) if surface in known}
+        for role in ("pad", "eos", "mask", "unk"):
+            mine, theirs = after.role(role), before.role(role)  # type: ignore[arg-type]
+            if mine is not None and theirs is not None:
+                shared.setdefault(mine, theirs)
+        return cls(before, after, shared)
+
+    @property
+    def absent(self) -> list[int]:
+        """New ids that the old vocabulary lacks."""
+        return [number for number in range(self.new.size) if number not in self.shared]
+
+    def ids_of(self, text: TextInput) -> dict[str, Any]:
+        """The special ids of the input under the new tokenizer."""
+        back = {old: new for new, old in reversed(list(self.shared.items()))}
+        pad = self.new.role("pad")
+        found: dict[str, Any] = {"pad_id": back.get(text.pad_id, pad if pad is not None else 0)}
+        for name, role in (("mask_id", "mask"), ("eos_id", "eos")):
+            old = getattr(text, name)
+            if old is not None:
+                found[name] = back.get(old, self.new.role(role))  # type: ignore[arg-type]
+                if found[name] is None:
+                    raise PlanError.single(KEY, f"has no token for the model's `{role}`")
+        return found
+
+    def special_ids(self, text: TextInput) -> dict[int, int]:
+        """Old id -> new id, for the numbers that the model's own code and configuration hold."""
+        found = {old: new for new, old in reversed(list(self.shared.items()))}
+        return {**found, text.pad_id: self.ids_of(text)["pad_id"]}
+
+
+def start_rows(pair: Pair, model: LoadedModel, how: str) -> dict[str, Tensor]:
+    """New tables by parameter name: shared tokens have their old rows, the others ``pieces``, ``mean`` or ``zero``."""
+    import torch
+
+    from compressor.models.vocabulary import table_parameters
+
+    assert model.module is not None
+    kept = torch.tensor(list(pair.shared.items()), dtype=torch.long)
+    absent = pair.absent
+    pieces = _pieces(pair, model, absent) if how == "pieces" else []
+    made = {}
+    for name, table in table_parameters(model.module).items():
+        old = table.detach()
+        new = old.new_zeros(pair.new.size, *old.shape[1:])
+        new[kept[:, 0]] = old[kept[:, 1]]
+        middle = old[: pair.old.size].mean(0)
+        if how == "mean":
+            new[absent] = middle
+        for number, ids in zip(absent, pieces, strict=how == "pieces"):
+            new[number] = old[ids].mean(0) if ids else middle
+        made[name] = new
+    return made
+
+
+def _pieces(pair: Pair, model: LoadedModel, absent: Sequence[int]) -> list[list[int]]:
+    """The old tokens that spell each new one."""
+    from tokenizers import Tokenizer
+
+    text = model.preprocess
+    assert isinstance(text, TextInput)
+    tokenizer = Tokenizer.from_str(model.files[text.tokenizer_file].decode())
+    empty = ("text", b"", False)
+    spelt = [words(pair.new.surfaces.get(number, empty)) for number in absent]
+    return [encoding.ids for encoding in tokenizer.encode_batch(spelt, add_special_tokens=False)]
+
+
+def settle(module: nn.Module, original: LoadedModel, stage: StudentStage) -> tuple[nn.Module, list[LayerFact]]:
+    """A copy of ``module`` (the model under the new tokenizer) with the rows that the stage asks for, and facts.
+
+    ``original``: the model with its own tokenizer.
+    """
+    from compressor.models.vocabulary import set_rows, table_parameters
+
+    student = copy.deepcopy(module)
+    rows, facts = settled_rows(original, stage)
+    tables = table_parameters(student)
+    for name, table in tables.items():
+        set_rows(student, table, rows[name])
+    return student, facts
+
+
+def settled_rows(original: LoadedModel, stage: StudentStage) -> tuple[dict[str, Tensor], list[LayerFact]]:
+    """The tables under the new tokenizer, by parameter name."""
+    text = original.preprocess
+    assert isinstance(text, TextInput)
+    pair = Pair.of(original.files[text.tokenizer_file], tokenizer_content(stage))
+    absent = pair.absent
+    if stage.transplant != "omp":
+        rows, told = start_rows(pair, original, stage.transplant), stage.transplant
+    else:
+        rows = start_rows(pair, original, "zero")
+        told = _pursued(pair, original, stage, rows)
+    facts = []
+    for name, table in rows.items():
+        after = f"{len(table)} tokens: {len(pair.shared)} kept, {len(absent)} new"
+        facts.append(
+            LayerFact("student", name.rpartition(".")[0], "transplanted", f"{pair.old.size} tokens", after, told)
+        )
+    return rows, facts
+
+
+def _pursued(pair: Pair, original: LoadedModel, stage: StudentStage, rows: dict[str, Tensor]) -> str:
+    """Fill the rows of new tokens in place by matching pursuit in the embeddings of the tokenizer's own model."""
+    import torch
+
+    from compressor.models.load import load_model
+    from compressor.models.omp import pursue
+    from compressor.models.vocabulary import table_parameters, tables_of
+
+    donor = load_model(TeacherConfig(model=str(stage.tokenizer))).module
+    tables = None if donor is None else tables_of(donor)
+    if donor is None or tables is None:
+        raise PlanError.single(KEY, f"`{stage.tokenizer}` has no single embedding of tokens")
+    foreign = donor.get_parameter(f"{tables.embedding}.weight").detach().float()
+    if len(foreign) < pair.new.size:
+        raise PlanError.single(KEY, f"its model has {len(foreign)} rows for {pair.new.size} tokens")
+    shared, absent = torch.tensor(list(pair.shared)), torch.tensor(pair.absent, dtype=torch.long)
+    found = pursue(foreign[absent], foreign[shared], stage.atoms)
+    assert original.module is not None
+    for name, old in table_parameters(original.module).items():
+        rows[name][absent] = found.combine(old.detach()[torch.tensor(list(pair.shared.values()))])
+    left = found.norms[:, -1] / foreign[absent].norm(dim=1).clamp_min(1e-12) if len(absent) else torch.zeros(1)
+    return f"matching pursuit, {found.atoms.shape[1]} atoms; {float(left.mean()):.0%} of a token's norm left on average"
+
+
+__all__ = ["Pair", "Transplanted", "settle", "settled_rows", "start_rows", "transplant", "transplant_stage"]
