@@ -1,10 +1,12 @@
-"""Ours, ONNX Runtime's defaults and NNCF's defaults on one fp32 file, with the same calibration data, in one process.
+"""Ours beside Olive, NNCF, ModelOpt and ONNX Runtime's quantizers: one fp32 file, one calibration set, one machine.
 
-    python -m tools.bench_quantize MODEL.onnx ARRAYS.npz [--strict 0.0005] [--out FILE.md]
+    python -m tools.bench_quantize MODEL.onnx --work FOLDER --dump RECIPE [--factory M] [--olive VENV] [--modelopt VENV]
+           [--steps arrays files scores times page] [--drop 0.003]
 
-``ARRAYS.npz`` holds ``calibration.<input>``, ``validation.<input>``, ``test.<input>`` and ``validation_y``, ``test_y``;
-``--dump RECIPE`` with the run's own ``--model`` and ``--data`` words writes it. Latencies are interleaved, one thread.
-The second table makes the same promise to both accuracy controls: at most ``--strict`` lost on validation.
+Files, scores and times are kept in FOLDER, so that each step can be run alone and a stopped run goes on. Every file is
+scored on all validation and test samples one by one (as on a device; a text at its own length), and all are timed
+together, interleaved, in one process at one thread. "Ships" is what the tool would ship: of our files that lose at
+most ``--drop`` on validation the fastest one.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import tempfile
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,12 +27,13 @@ from compressor.errors import CompressError
 from compressor.models.onnx_facts import describe
 from compressor.profile import load_profile
 from compressor.quantize import quantize, variants
-from compressor.quantize.promise import restore
 from compressor.recipe import QuantizeStage
 from compressor.types import Array, Artifact, Format, file_digest
+from tools.quantize_rivals import Sample, rivals
 
 SPLITS = ("calibration", "validation", "test")
-SAMPLES, BATCH = 256, 64
+SAMPLES, TIMED = 256, 16
+STEPS = ("arrays", "files", "scores", "times", "page")
 
 
 @dataclass(frozen=True)
@@ -40,22 +43,17 @@ class Data:
     arrays: dict[str, dict[str, Array]]
     labels: dict[str, Array]
 
-    def one(self, split: str, position: int) -> dict[str, Array]:
-        return {name: array[position : position + 1] for name, array in self.arrays[split].items()}
+    def one(self, split: str, position: int) -> Sample:
+        """One sample; a text without its padding."""
+        found = {name: array[position : position + 1] for name, array in self.arrays[split].items()}
+        if "attention_mask" in found:
+            length = int(found["attention_mask"].sum())
+            found = {name: np.ascontiguousarray(array[:, :length]) for name, array in found.items()}
+        return found
 
-    def calibration(self) -> Iterator[dict[str, Array]]:
+    def calibration(self) -> Iterator[Sample]:
         count = len(next(iter(self.arrays["calibration"].values())))
         return (self.one("calibration", position) for position in range(min(SAMPLES, count)))
-
-
-@dataclass(frozen=True)
-class Row:
-    """One file of the table."""
-
-    name: str
-    path: Path
-    seconds: float
-    note: str = ""
 
 
 def read(path: Path) -> Data:
@@ -70,11 +68,11 @@ def read(path: Path) -> Data:
     return Data(arrays, labels)
 
 
-def dump(words: argparse.Namespace) -> None:
+def dump(recipe: Path, factory: str | None, out: Path) -> None:
     """Prepared inputs of a recipe's splits, so that every engine gets the very same arrays."""
     from compressor.cli.session import Request, open_session
 
-    request = Request(words.dump, words.factory, words.loader, ("this-machine",), None, None, Path("build"))
+    request = Request(recipe, factory, None, ("this-machine",), None, None, Path("build"))
     data = open_session(request).data
     found: dict[str, Array] = {}
     for name in SPLITS:
@@ -83,7 +81,53 @@ def dump(words: argparse.Namespace) -> None:
             found[f"{name}.{key}"] = array.astype(np.int32) if array.dtype.kind == "i" else array
         if split.labels is not None:
             found[f"{name}_y"] = split.labels
-    np.savez(words.arrays, **found)  # type: ignore[arg-type]
+    np.savez(out, **found)  # type: ignore[arg-type]
+
+
+def kept(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def keep(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=1))
+
+
+def make_files(model: Path, data: Data, words: argparse.Namespace) -> None:
+    """Every quantizer's file; what fails is recorded with its message, and is not tried again."""
+    record, folder = kept(words.work / "files.json"), words.work / "files"
+    folder.mkdir(exist_ok=True)
+    jobs: list[tuple[str, Callable[[Path], None], str]] = [*our_jobs(model, data, words.work)]
+    samples = list(data.calibration())
+    for item in rivals(model, samples, words.work, words.olive, words.modelopt):
+        jobs.append((item.name, item.make, item.reason))
+    for name, make, reason in jobs:
+        if name in record and not (reason == "" and record[name].get("reason", "").startswith("its environment")):
+            continue
+        path, began = folder / f"{'-'.join(name.lower().replace(',', '').split())}.onnx", time.monotonic()
+        try:
+            if reason:
+                raise RuntimeError(reason)
+            with contextlib.redirect_stdout(io.StringIO()):
+                make(path)
+            record[name] = {"file": path.name, "seconds": time.monotonic() - began, "bytes": path.stat().st_size}
+        except (CompressError, Exception) as error:  # noqa: BLE001 - another project's fault is a row of the table
+            record[name] = {"reason": f"{type(error).__name__}: {error}"[:300]}
+        print(f"{name}: {record[name]}", flush=True)
+        keep(words.work / "files.json", record)
+
+
+def our_jobs(model: Path, data: Data, work: Path) -> Iterator[tuple[str, Callable[[Path], None], str]]:
+    facts, rules = describe(model), load_profile("this-machine").quantization
+    source = Artifact(
+        "student/fp32", "student", model, Format.ONNX, "fp32", facts.inputs, facts.outputs, file_digest(model),
+        facts.parameters,
+    )  # fmt: skip
+    for variant in variants(QuantizeStage(kind="quantize"), rules, facts)[0]:
+
+        def make(out: Path, variant: Any = variant) -> None:
+            quantize(source, variant, rules, data.calibration, out, cache=work / "ranges")
+
+        yield f"ours {variant.name}", make, ""
 
 
 def session(path: Path) -> Any:
@@ -95,175 +139,109 @@ def session(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def accuracy(path: Path, data: Data, split: str) -> float:
-    run, arrays, labels = session(path), data.arrays[split], data.labels[split]
-    hits = 0
-    for start in range(0, len(labels), BATCH):
-        part = {name: array[start : start + BATCH] for name, array in arrays.items()}
-        hits += int((run.run(None, part)[0].argmax(1) == labels[start : start + BATCH]).sum())
-    return hits / len(labels)
+def paths(model: Path, work: Path) -> dict[str, Path]:
+    found = {name: work / "files" / item["file"] for name, item in kept(work / "files.json").items() if "file" in item}
+    return {"fp32": model, **found}
 
 
-def ours(source: Artifact, data: Data, folder: Path) -> Iterator[Row]:
-    rules = load_profile("this-machine").quantization
-    wanted, _ = variants(QuantizeStage(kind="quantize"), rules, describe(source.path))
-    for variant in wanted:
-        began = time.monotonic()
-        path = folder / f"{variant.name}.onnx"
-        try:
-            made = quantize(source, variant, rules, data.calibration, path, cache=folder)
-        except CompressError as error:
-            print(f"{variant.name}: {error}")
+def score(model: Path, data: Data, work: Path) -> None:
+    """Answers of every file, one sample at a time; kept as accuracies and as the number of answers unlike fp32's."""
+    record = kept(work / "scores.json")
+    reference: dict[str, Array] = {}
+    for name, path in paths(model, work).items():
+        if name in record and name != "fp32":
             continue
-        yield Row(f"ours {variant.name}", path, time.monotonic() - began, made.scheme.get("corrections", ""))
+        row: dict[str, Any] = {}
+        try:
+            run = session(path)
+            for split in SPLITS[1:]:
+                labels = data.labels[split]
+                answers = np.array([run.run(None, data.one(split, at))[0][0].argmax() for at in range(len(labels))])
+                reference.setdefault(split, answers)  # fp32 comes first
+                row[split] = float((answers == labels).mean())
+                row[f"{split}_changed"] = int((answers != reference[split]).sum())
+        except Exception as error:  # noqa: BLE001 - a file that stock ONNX Runtime refuses is a row of the table
+            row = {"reason": f"{type(error).__name__}: {error}"[:300]}
+        record[name] = row
+        print(f"{name}: {row}", flush=True)
+        keep(work / "scores.json", record)
 
 
-class Reader:
-    """ONNX Runtime's own interface to calibration data."""
+def timed(model: Path, data: Data, work: Path) -> None:
+    """All files that can be scored, together."""
+    from dataclasses import asdict
 
-    def __init__(self, data: Data) -> None:
-        self.items = data.calibration()
+    from targets.measure import Settings, measure
 
-    def get_next(self) -> dict[str, Array] | None:
-        return next(self.items, None)
-
-
-def onnxruntime_defaults(source: Artifact, data: Data, folder: Path) -> Iterator[Row]:
-    from onnxruntime import quantization
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    prepared, path = folder / "prepared.onnx", folder / "ort-static.onnx"
-    began = time.monotonic()
-    with contextlib.redirect_stdout(io.StringIO()):
-        quant_pre_process(str(source.path), str(prepared), skip_symbolic_shape=True)
-        quantization.quantize_static(str(prepared), str(path), Reader(data))
-    yield Row("ONNX Runtime quantize_static, defaults", path, time.monotonic() - began)
-    path = folder / "ort-dynamic.onnx"
-    began = time.monotonic()
-    quantization.quantize_dynamic(str(prepared), str(path))
-    yield Row("ONNX Runtime quantize_dynamic, defaults", path, time.monotonic() - began)
-
-
-def nncf_defaults(source: Artifact, data: Data, folder: Path) -> Iterator[Row]:
-    import nncf
-    import onnx
-
-    began = time.monotonic()
-    attention = describe(source.path).has_attention
-    kind = nncf.ModelType.TRANSFORMER if attention else None
-    with contextlib.redirect_stdout(io.StringIO()):
-        made = nncf.quantize(onnx.load(source.path), nncf.Dataset(list(data.calibration())), model_type=kind)
-    onnx.save(made, folder / "nncf.onnx")
-    yield Row("NNCF quantize, defaults", folder / "nncf.onnx", time.monotonic() - began)
-
-
-def nncf_control(source: Artifact, data: Data, folder: Path, drop: float) -> Row:
-    """NNCF's accuracy control with the same promise, on the same splits."""
-    import nncf
-    import onnx
-
-    labels = data.labels["validation"]
-    items = [(data.one("validation", place), int(labels[place])) for place in range(len(labels))]
-
-    def score(model: Any, samples: Any) -> tuple[float, None]:
-        path = folder / "nncf-candidate.onnx"
-        onnx.save(getattr(model, "model", model), path) if hasattr(model, "graph") else None
-        run = session(path) if hasattr(model, "graph") else model
-        hits = [run.run(None, inputs)[0].argmax(1)[0] == label for inputs, label in samples]
-        return float(np.mean(hits)), None
-
-    began = time.monotonic()
-    with contextlib.redirect_stdout(io.StringIO()):
-        made = nncf.quantize_with_accuracy_control(
-            onnx.load(source.path),
-            nncf.Dataset(list(data.calibration())),
-            nncf.Dataset(items),
-            score,
-            max_drop=drop,
-            drop_type=nncf.DropType.ABSOLUTE,
-        )
-    onnx.save(made, folder / "nncf-control.onnx")
-    return Row("NNCF quantize_with_accuracy_control", folder / "nncf-control.onnx", time.monotonic() - began)
-
-
-def our_control(source: Artifact, data: Data, folder: Path, drop: float) -> Row:
-    rules = load_profile("this-machine").quantization
-    wanted, _ = variants(QuantizeStage(kind="quantize", engines=("onnxruntime",)), rules, describe(source.path))
-    baseline = accuracy(source.path, data, "validation")
-    began = time.monotonic()
-    made: dict[str, float] = {}
-    for variant in wanted:
-        path = folder / f"control-{variant.name}.onnx"
-        quantize(source, variant, rules, data.calibration, path, cache=folder)
-        made[variant.name] = accuracy(path, data, "validation")
-    best = max(wanted, key=lambda variant: made[variant.name])
-    if made[best.name] >= baseline - drop:
-        path = folder / f"control-{best.name}.onnx"
-        return Row("ours, layers put back", path, time.monotonic() - began, f"{best.name} holds as it is")
-    found = restore(
-        source, best, rules, data.calibration, lambda item: accuracy(item.path, data, "validation"), baseline - drop,
-        folder / "mixed.onnx", cache=folder,
-    )  # fmt: skip
-    note = f"{len(found.kept_float)} of {len(found.ranking)} layers in float, {len(found.trials)} files made"
-    held = "" if found.holds else ", the promise does not hold"
-    return Row("ours, layers put back", found.artifact.path, time.monotonic() - began, note + held)
-
-
-def table(rows: list[Row], source: Artifact, data: Data) -> list[str]:
-    """Accuracy, size and interleaved latency of every file beside fp32."""
-    from targets.measure import measure
-
-    rows = [Row("fp32", source.path, 0.0), *rows]
-    samples = [data.one("validation", place) for place in range(16)]
-    sessions = {row.name: session(row.path) for row in rows}
+    scores = kept(work / "scores.json")
+    samples = [data.one("validation", place) for place in range(TIMED)]
+    sessions = {name: session(path) for name, path in paths(model, work).items() if "test" in scores[name]}
 
     def call(run: Any) -> Callable[[int], object]:
         return lambda place: run.run(None, samples[place])
 
-    timings = measure({name: call(run) for name, run in sessions.items()}, "fp32", len(samples)).timings
+    runs = {name: call(run) for name, run in sessions.items()}
+    found = measure(runs, "fp32", len(samples), Settings(min_s=30.0, budget_s=90.0))
+    record = {name: asdict(timing) for name, timing in found.timings.items()}
+    keep(work / "times.json", {"contention": found.contention.describe(), "files": record})
+
+
+def shipped(names: list[str], scores: dict[str, Any], times: dict[str, Any], drop: float) -> str | None:
+    """Of our files that lose at most ``drop`` on validation the fastest."""
+    floor = scores["fp32"]["validation"] - drop
+    held = [name for name in names if name.startswith("ours") and scores[name]["validation"] >= floor]
+    return max(held, key=lambda name: times[name]["ratio"], default=None)
+
+
+def page(model: Path, work: Path, drop: float) -> str:
+    files, scores, whole = kept(work / "files.json"), kept(work / "scores.json"), kept(work / "times.json")
+    times, size = whole["files"], model.stat().st_size
+    ships = shipped(list(times), scores, times, drop)
     lines = [
-        "| file | validation | test | p50, ms | speed-up over fp32 | size | quantized in | note |",
+        "| file | validation | test | answers changed | p50, ms | speed-up (95 % interval) | size | made in |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        timing, size = timings[row.name], row.path.stat().st_size
+    for name, item in {"fp32": {"seconds": 0.0, "bytes": size}, **files}.items():
+        failure = item.get("reason") or scores.get(name, {}).get("reason")
+        if failure:
+            lines.append(f"| {name} | no file that runs: {failure.replace('|', '/')} | | | | | | |")
+            continue
+        row, timing = scores[name], times[name]
+        interval = f"{timing['ratio_low']:.2f} to {timing['ratio_high']:.2f}"
+        mark = f"**{name}** (ships)" if name == ships else name
         lines.append(
-            f"| {row.name} | {accuracy(row.path, data, 'validation'):.4f} | {accuracy(row.path, data, 'test'):.4f} "
-            f"| {timing.p50_ms:.3f} | {timing.ratio:.2f}x | {source.file_bytes / size:.2f}x smaller "
-            f"| {row.seconds:.0f} s | {row.note} |"
+            f"| {mark} | {100 * row['validation']:.2f} % | {100 * row['test']:.2f} % | {row['test_changed']} "
+            f"| {timing['p50_ms']:.3f} | {timing['ratio']:.2f}x ({interval}) "
+            f"| {size / item['bytes']:.2f}x smaller | {item['seconds']:.0f} s |"
         )
-    return lines
+    return "\n".join([*lines, "", f"Timed together at one thread: {whole['contention']}.", ""])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("arrays", type=Path)
-    parser.add_argument("--strict", type=float, default=0.0005, help="promise of the second table")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--dump", type=Path, metavar="RECIPE", help="write ARRAYS from a recipe first")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--dump", type=Path, metavar="RECIPE", required=True, help="whose data and preprocessing count")
     parser.add_argument("--factory", help="the run's --model")
-    parser.add_argument("--loader", help="the run's --data")
+    parser.add_argument("--olive", type=Path, help="virtual environment with olive-ai 0.13")
+    parser.add_argument("--modelopt", type=Path, help="virtual environment with nvidia-modelopt 0.47")
+    parser.add_argument("--drop", type=float, default=0.003, help="accepted loss on validation")
+    parser.add_argument("--steps", nargs="*", default=STEPS, choices=STEPS)
     words = parser.parse_args()
-    if words.dump:
-        dump(words)
-    facts, data = describe(words.model), read(words.arrays)
-    digest = file_digest(words.model)
-    source = Artifact(
-        "student/fp32", "student", words.model, Format.ONNX, "fp32", facts.inputs, facts.outputs, digest,
-        facts.parameters,
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        rows = [*ours(source, data, folder), *onnxruntime_defaults(source, data, folder)]
-        rows += nncf_defaults(source, data, folder)
-        lines = [*table(rows, source, data), "", f"Promise: at most {100 * words.strict:g} points on validation.", ""]
-        control = [our_control(source, data, folder, words.strict), nncf_control(source, data, folder, words.strict)]
-        lines += table(control, source, data)
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if words.out:
-        words.out.write_text(text)
+    words.work = words.work.resolve()
+    words.work.mkdir(parents=True, exist_ok=True)
+    arrays = words.work / "arrays.npz"
+    if "arrays" in words.steps and not arrays.is_file():
+        dump(words.dump, words.factory, arrays)
+    data = read(arrays)
+    if "files" in words.steps:
+        make_files(words.model.resolve(), data, words)
+    if "scores" in words.steps:
+        score(words.model.resolve(), data, words.work)
+    if "times" in words.steps:
+        timed(words.model.resolve(), data, words.work)
+    if "page" in words.steps:
+        print(page(words.model, words.work, words.drop))
 
 
 if __name__ == "__main__":
