@@ -14,8 +14,8 @@ HEAD = """# ONNX files that no one here trained
 
 Post-training path only, promise: at most 2 points of agreement lost. `python -m tools.bench public-models`
 
-Nodes: of a file that ships as int8, how many layers are; of one that does not, the layers that alone bring most noise to
-the outputs, with the signal-to-noise ratio when only that layer is in int8.
+Nodes: of a file that ships as int8, how many layers are; of one that does not, the layers that alone bring most noise
+to the outputs, with the signal-to-noise ratio when only that layer is in int8.
 
 | model | ships | agreement with fp32, test | p50 of fp32 | p50 | speed-up | size | nodes | why not the others |
 |---|---|---|---|---|---|---|---|---|
