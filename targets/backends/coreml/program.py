@@ -6,6 +6,7 @@ activation goes through ``quantize`` and ``dequantize``. What MIL infers for eac
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ class Maker:
     """Builds MIL operations node by node inside an open function; values by the ONNX name of their tensor."""
 
     def __init__(self, graph: Graph, inputs: dict[str, Any]) -> None:
-        self.graph = graph
+        self.graph, self._makers = graph, graph.makers()
         self.values: dict[str, Any] = dict(inputs)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -53,10 +54,10 @@ class Maker:
 
     def vector(self, node: Node, place: int) -> Any:
         """A stored operand as numbers, dequantized where the file keeps it as integers (a bias)."""
-        name = node.input(place)
-        made = self.values.get(name)
-        if made is not None and made.val is not None:
-            return made.val
+        maker = self._makers.get(node.input(place))
+        if maker is not None and maker.operator == DEQUANTIZE and maker.input(0) in self.graph.constants:
+            scale, zero, axis = self._parameters(maker)
+            return _numbers(self.graph.constants[maker.input(0)], scale, zero, axis)
         return narrowed(self.stored(node, place))
 
     def spread(self, node: Node, place: int, shape: tuple[int, ...]) -> Any:
@@ -87,26 +88,25 @@ class Maker:
             if found != tuple(self.shape(name)):
                 raise CompileError(f"node `{node.name}`: MIL infers {found} for `{name}`, ONNX has {self.shape(name)}")
 
-    def _parameters(self, node: Node) -> tuple[Array, Array]:
-        scale = np.asarray(self.stored(node, 1), np.float32)
+    def _parameters(self, node: Node) -> tuple[Array, Array, int]:
+        """Scales, zero points, and the axis that they go along."""
+        scale = np.squeeze(np.asarray(self.stored(node, 1), np.float32))
         zero = self.stored(node, 2) if node.input(2) else np.zeros(scale.shape, np.uint8)
-        return np.squeeze(scale), np.squeeze(np.asarray(zero))
+        rank = max(len(self.shape(node.input(0))), 1)
+        return scale, np.squeeze(np.asarray(zero)), int(node.attributes.get("axis", 1)) % rank if scale.ndim else 0
 
     def _quantize(self, node: Node) -> Any:
-        scale, zero = self._parameters(node)
+        scale, zero, _ = self._parameters(node)
         if zero.dtype not in (np.int8, np.uint8) or scale.ndim:
             raise refuse(node, f"{zero.dtype} activations with {scale.size} scales have no form here")
-        more = {} if not zero.any() and zero.dtype == np.int8 else {"zero_point": zero}
-        return mb.quantize(input=self.value(node, 0), scale=scale, output_dtype=zero.dtype.name, **more)
+        return mb.quantize(input=self.value(node, 0), scale=scale, zero_point=zero, output_dtype=zero.dtype.name)
 
     def _dequantize(self, node: Node) -> Any:
-        scale, zero = self._parameters(node)
+        scale, zero, axis = self._parameters(node)
         array = self.graph.constants.get(node.input(0))
         if array is None:
-            more = {"zero_point": zero} if zero.any() or zero.dtype != np.int8 else {}
-            return mb.dequantize(input=self.value(node, 0), scale=scale, **more)
-        axis = int(node.attributes.get("axis", 1)) % max(array.ndim, 1) if scale.ndim else 0
-        if array.dtype not in (np.int8, np.uint8):
+            return mb.dequantize(input=self.value(node, 0), scale=scale, zero_point=zero)
+        if array.dtype not in (np.int8, np.uint8) or not array.ndim:
             return mb.const(val=_numbers(array, scale, zero, axis), name=node.outputs[0])
         return mb.constexpr_affine_dequantize(quantized_data=array, zero_point=zero, scale=scale, axis=axis)
 
@@ -141,6 +141,30 @@ def build(graph: Graph, opset: Any) -> Program:
         function.set_outputs([mb.identity(x=maker.values[name], name=name) for name in graph.outputs])
     program.add_function("main", function)
     return program
+
+
+def evaluate(graph: Graph, values: Mapping[str, Array], opset: Any) -> dict[str, float | None]:
+    """Each node built with ``values`` (every tensor of one run) as its operands, as far as Core ML Tools can evaluate.
+
+    Name of the node to the largest difference relative to the largest value; None: MIL has no evaluation for it.
+    """
+    found: dict[str, float | None] = {}
+    with Function({"unused": mb.placeholder(shape=(1,), dtype=types.fp32)}, opset_version=opset):
+        for node in graph.nodes:
+            maker = Maker(graph, {})
+            for name in node.inputs:
+                if name and name not in graph.constants:
+                    given = values[name]
+                    kept = given if given.dtype in (np.int8, np.uint8) else narrowed(given)
+                    maker.values[name] = mb.const(val=kept)
+            maker.run(node)
+            made = maker.values[node.outputs[0]].val
+            wanted = values[node.outputs[0]]
+            found[node.name] = None
+            if made is not None:
+                gap = np.abs(np.asarray(made, np.float64) - wanted).max()
+                found[node.name] = float(gap / max(float(np.abs(wanted).max()), 1e-9))
+    return found
 
 
 def coverage(graph: Graph) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Runs in the environment of the tool chain ``coreml`` (see targets/toolchains/runner.py).
 
 Actions: ``smoke``; ``compile`` a static graph (:mod:`targets.graph_file`) to an ``.mlpackage``, read that from the disk
-again and check its structure. Nothing runs here: Core ML is part of Apple's systems.
+again and check its structure; ``evaluate``: build each node of graphs over given values and compare what Core ML Tools
+evaluate while building. No model runs here: Core ML is part of Apple's systems.
 """
 
 from __future__ import annotations
@@ -34,7 +35,18 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     if request["action"] == "compile":
         graph = load_graph(Path(request["graph"]))
         return _compile(graph, Path(request["package"]), request["system"], request["about"])
+    if request["action"] == "evaluate":
+        return {"cases": [_evaluate(Path(case["graph"]), Path(case["values"])) for case in request["cases"]]}
     raise ValueError(f"unknown action {request['action']}")
+
+
+def _evaluate(graph: Path, values: Path) -> dict[str, Any]:
+    import coremltools
+
+    from targets.backends.coreml.program import evaluate
+
+    with np.load(values) as file:
+        return evaluate(load_graph(graph), {name: file[name] for name in file.files}, coremltools.target.iOS17)
 
 
 def _compile(graph: Graph, package: Path, system: str, about: Mapping[str, str]) -> dict[str, Any]:
@@ -60,7 +72,11 @@ def _compile(graph: Graph, package: Path, system: str, about: Mapping[str, str])
 
 
 def _settle(package: Path) -> None:
-    """The identifiers of a package are drawn at random: the same model shall give the same files."""
+    """The same model shall give the same files: identifiers are drawn at random, tables are written in any order."""
+    import coremltools
+
+    spec = coremltools.utils.load_spec(str(package))
+    (package / _DATA / "model.mlmodel").write_bytes(spec.SerializeToString(deterministic=True))
     manifest = package / "Manifest.json"
     text = manifest.read_text(encoding="utf-8")
     for number, found in enumerate(dict.fromkeys(_UUID.findall(text))):

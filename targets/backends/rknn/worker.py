@@ -72,9 +72,9 @@ def _attempt(request: Mapping[str, Any], off: list[str]) -> Any:
         rknn.config(target_platform=request["chip"], quantized_algorithm=request["quantizer"], **more),
         "set the options",
     )
-    _check(rknn.load_onnx(model=request["model"]), "read the model")
     dataset = request.get("dataset")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # it drops files of its own when it fails
+        _check(rknn.load_onnx(model=request["model"]), "read the model")
         listed = _dataset(Path(dataset), list(request["inputs"]), Path(folder)) if dataset else None
         _check(rknn.build(do_quantization=dataset is not None, dataset=listed), "build the model")
     _check(rknn.export_rknn(request["rknn"]), "write the file")

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 
 from compressor.errors import CompileError, RunError
 from compressor.profile import load_profile
-from targets import registry
+from targets import registry, toolchain
 from targets.backends.coreml.backend import CoreMl
+from targets.backends.rknn.model import write_onnx
 from targets.base import Compiled, Missing
+from targets.graph_file import save_graph
+from targets.isolation import Limits
+from targets.static_graph import Graph, fixed_shapes, read_static
 from tests.unit.targets.backends.test_mobile import text, write_attention
 from tests.unit.targets.conftest import artifact
+from tools.operator_groups import GROUPS, samples, write_group
 
 PROFILE = "iphone-15-pro"
 
@@ -55,6 +63,39 @@ def test_masked_attention_becomes_one_program(tmp_path):
     told = " ".join(compiled.notes)
     for operation in ("matmul", "softmax", "layer_norm", "gelu", "gather", "select"):
         assert operation in told, told
+
+
+def every_value(graph: Graph, inputs: dict[str, np.ndarray], scratch: Path) -> dict[str, np.ndarray]:
+    """Every tensor of one run in ONNX Runtime."""
+    names = tuple(name for node in graph.nodes for name in node.outputs if name)
+    write_onnx(replace(graph, outputs=names), scratch)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(scratch), options)
+    return {**inputs, **dict(zip(names, session.run(list(names), inputs), strict=True))}
+
+
+def test_what_core_ml_tools_evaluate_is_what_onnx_runtime_computes(tmp_path):
+    """Node by node: Core ML Tools evaluate many operations while they build (no convolutions, no pools)."""
+    ready()
+    cases, graphs = [], []
+    for number, group in enumerate(GROUPS):
+        given = write_group(group, tmp_path / "m.onnx")
+        graph = read_static(given.path, fixed_shapes(given.inputs, 1, 1))
+        files = {"graph": str(tmp_path / f"{number}.graph.npz"), "values": str(tmp_path / f"{number}.values.npz")}
+        save_graph(graph, Path(files["graph"]))
+        np.savez(files["values"], **every_value(graph, samples(group, 1), tmp_path / "all.onnx"))
+        cases.append(files)
+        graphs.append(graph)
+    reply = toolchain.call("coreml", {"action": "evaluate", "cases": cases}, Limits(120, 4096), "Core ML Tools")
+    seen = set()
+    for graph, found in zip(graphs, reply["cases"], strict=True):
+        assert set(found) == {node.name for node in graph.nodes}
+        for node in graph.nodes:
+            if found[node.name] is not None:
+                seen.add(node.operator)
+                assert found[node.name] < 1e-4, node
+    assert {"Add", "Concat", "Gather", "MatMul", "Mul", "Softmax", "Transpose"} <= seen
 
 
 def test_an_operator_without_a_form_is_named(tmp_path):
