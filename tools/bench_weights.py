@@ -153,42 +153,59 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=BUILD / "bench" / "weight-only")
     parser.add_argument("--make", help="one file only, in this process")
+    parser.add_argument("--only", help="make and judge this file only, and keep its row")
     parser.add_argument("--limit", type=int, default=0, help="MiB of address space that may be added for it")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     if options.make:
         print(json.dumps(measured(options.make, options.work, options.limit)))
         return
-    print(page(options.work))
+    text = page(options.work, options.only)
+    print(text if options.only is None else "")
 
 
-def page(work: Path) -> str:
-    """All steps that are missing, then the tables."""
-    known = work / "rows.json"
-    rows: dict[str, dict[str, float]] = json.loads(known.read_text()) if known.is_file() else {}
+class Rows:
+    """Figures by file, in one file of their own, written after each step."""
 
-    def keep(name: str, row: dict[str, float]) -> None:
-        rows[name] = {**rows.get(name, {}), **row}
-        write_atomic(known, json.dumps(rows, indent=1))
-        print(name, json.dumps(rows[name]), file=sys.stderr, flush=True)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
 
+    def has(self, name: str, key: str) -> bool:
+        return key in self.known.get(name, {})
+
+    def keep(self, name: str, row: dict[str, float]) -> None:
+        self.known[name] = {**self.known.get(name, {}), **row}
+        write_atomic(self.path, json.dumps(self.known, indent=1))
+        print(name, json.dumps(self.known[name]), file=sys.stderr, flush=True)
+
+
+def page(work: Path, only: str | None = None) -> str:
+    """All steps that are missing (of one file only), then the tables."""
     if not (work / "ids.npz").is_file():
         prepare(work)
-    ids = np.load(work / "ids.npz")["test"]
-    names = ["fp32", *OURS, *NNCF]
-    for name in names:
-        if name != "fp32" and not (work / f"{name}.onnx").is_file():
-            keep(name, child(["--make", name], work))
-        if "perplexity" not in rows.get(name, {}):
-            path = work / f"{name}.onnx"
-            keep(name, {"perplexity": perplexity(session_of(path), ids), "mib": size_mib(path)})
-    if "limited" not in rows:
-        keep("limited", child(["--make", LIMITED, "--limit", str(LIMIT_MIB)], work))
-    if "p64_ms" not in rows["fp32"]:
-        for tokens in (64, 1):
+    rows, names = Rows(work / "rows.json"), ["fp32", *OURS, *NNCF]
+    for name in names if only is None else [only]:
+        judge(name, work, rows)
+    if only is not None:
+        return ""
+    if not rows.has("limited", "cpu_s"):
+        rows.keep("limited", child(["--make", LIMITED, "--limit", str(LIMIT_MIB)], work))
+    for tokens in (64, 1):
+        if not rows.has("fp32", f"p{tokens}_ms"):
             for name, value in latencies(names, work, tokens).items():
-                keep(name, {f"p{tokens}_ms": value})
-    return tables(rows, names)
+                rows.keep(name, {f"p{tokens}_ms": value})
+    return tables(rows.known, names)
+
+
+def judge(name: str, work: Path, rows: Rows) -> None:
+    """Make a file and its figures, where they are missing."""
+    path = work / f"{name}.onnx"
+    if not path.is_file():
+        rows.keep(name, child(["--make", name], work))
+    if not rows.has(name, "perplexity"):
+        ids = np.load(work / "ids.npz")["test"]
+        rows.keep(name, {"perplexity": perplexity(session_of(path), ids), "mib": size_mib(path)})
 
 
 def tables(rows: dict[str, dict[str, float]], names: list[str]) -> str:

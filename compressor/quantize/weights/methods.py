@@ -1,7 +1,8 @@
 """Which point of the grid each weight takes, by what the layer's *output* loses on calibration data.
 
 A layer with inputs X (rows: samples and positions) and weight W loses ||X W - X Q||^2 = sum of D * (H D) with
-D = W - Q and H = X'X. Everything here needs H alone, (K, K), whatever the number of samples.
+D = W - Q and H = X'X. Everything here needs H alone, (K, K), whatever the number of samples. Rows of X have the same
+root mean square (:meth:`compressor.quantize.weights.stream.Stream.inputs`), so that no position outweighs the rest.
 
 GPTQ: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022 (at ICLR
 2023 as "OPTQ: Accurate Quantization for Generative Pre-trained Transformers"), algorithm 1. AWQ: Lin et al., "AWQ:
@@ -27,13 +28,14 @@ WITH_AWQ = ("awq", "awq-gptq")
 DAMPING = 0.01  # of the mean diagonal of H, as in the paper
 LAZY = 128  # input rows whose errors are gathered before they reach the rest, as in the paper
 GRID = 20  # exponents from 0 up to 1 that AWQ tries, as in the paper
+SEARCHED = 512  # output columns that AWQ's search looks at
 SWEEPS = 2  # over the groups, when scales are fitted
 LARGEST = 1e4  # of an AWQ factor; beyond it a channel that is never active would shrink to nothing
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What calibration says of a layer's inputs: X'X, float32 (K, K), and the mean magnitude per channel, (K,)."""
+    """What calibration says of a layer's inputs X: X'X, float32 (K, K), and the mean magnitude per channel, (K,)."""
 
     gram: Array
     mean: Array
@@ -147,11 +149,12 @@ def awq_factor(weights: Iterable[Array], inputs: Inputs, bits: Bits, block: int)
     """The factor (K,) per input channel that loses least over all ``weights`` that read these inputs.
 
     ``factor = mean|x| ^ a``, its geometric middle at 1; weights are multiplied and inputs divided by it. a = 0, that
-    is no factor, is among those tried.
+    is no factor, is among those tried. Of each weight about ``SEARCHED`` output columns, evenly spread, are looked at.
     """
     candidates = [_candidate(inputs.mean, number / GRID) for number in range(GRID)]
     losses = np.zeros(GRID)
-    for weight in weights:
+    for whole in weights:
+        weight = whole[:, :: max(1, whole.shape[1] // SEARCHED)]
         for number, factor in enumerate(candidates):
             made = quantized(weight * factor[:, None], None, "rtn", bits, block)
             losses[number] += output_error(weight, made, inputs.gram, factor)

@@ -19,6 +19,7 @@ from compressor.quantize.weights.methods import Inputs
 from compressor.types import Array
 
 MASK = "attention_mask"  # padded positions teach a layer nothing
+TINY = 1e-12  # positions that are zero stay zero
 LARGE = 2**20  # bytes; bigger float weights are fed like inputs, which copies nothing
 
 
@@ -50,13 +51,18 @@ class Stream:
             raise StageError("there is no calibration data", hint="Raise `data.calibration`, or give more samples.")
 
     def inputs(self, name: str) -> Inputs:
-        """What calibration says of a tensor whose last axis counts a layer's input channels."""
+        """What calibration says of a tensor whose last axis counts a layer's input channels.
+
+        Every position counts as much as any other: language models have a few (the first token) whose values are
+        hundreds of times the rest's and would decide alone (perplexity 170 instead of 107 with fitted scales).
+        """
         self._until(name)
         gram: Array | None = None
         total, rows = np.zeros(0, np.float32), 0
         for array, mask in zip(self._load(name), self._masks, strict=True):
             fits = mask is not None and mask.shape == array.shape[:-1]
             flat = np.asarray(array[mask] if fits else array.reshape(-1, array.shape[-1]), np.float32)
+            flat = flat / np.maximum(np.sqrt(np.mean(flat**2, axis=1, keepdims=True)), TINY)
             made = flat.T @ flat
             gram = made if gram is None else np.add(gram, made, out=gram)
             size = np.abs(flat).sum(axis=0)
