@@ -65,7 +65,8 @@ def forms(run: Run, rules: QuantizationRules) -> list[tuple[str, bool]]:
     assert stage.qat is not None
     if stage.qat.activations == "float":
         return [("", rules.dynamic)]
-    few = stage.qat.weights not in ("int8", "int6", "int5")
+    # scale and shift take three codes a row that are far apart: there is no smaller tensor for them
+    few = stage.qat.weights not in ("int8", "int6", "int5") and stage.qat.method != "dlt"
     return [("", False), *([("-packed", True)] if few and rules.dynamic else [])]
 
 
