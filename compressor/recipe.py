@@ -183,7 +183,11 @@ class StudentStage(Frozen):
     keep_tokens: Annotated[int, Field(ge=1)] | None = None  # of these at most so many, the most frequent
     extra_corpus: str | None = None  # a text file whose tokens stay too, a text a line
     tokenizer: str | None = None  # texts: another one, a checkpoint folder (or, without `omp`, a tokenizer.json)
-    transplant: Literal["omp", "pieces", "mean", "zero"] = "omp"  # how tokens that only it has get their embedding
+    transplant: Literal["omp", "mixed", "pieces", "mean", "zero"] = (
+        "omp"  # how tokens that only it has get their embedding
+    )
+    mixed_steps: Annotated[int, Field(ge=1)] = 200  # mixed: steps of 8 texts in which the new rows learn in the teacher
+    mixed_share: Annotated[float, Field(ge=0, le=1)] = 0.5  # mixed: of the words that the new tokenizer cuts
     atoms: Annotated[int, Field(ge=1)] = 64  # omp: shared tokens that a new one is combined of, at most
     rank: Annotated[float, Field(gt=0, lt=1)] | None = (
         None  # low rank: share of a layer's multiply-accumulates that stay
@@ -206,7 +210,8 @@ class StudentStage(Frozen):
     @model_validator(mode="after")
     def _chosen_or_given(self) -> StudentStage:
         axes = self.search.space.axes if self.search is not None else {}
-        twice = [key for key in axes if key in self.model_fields_set or key.removeprefix("factory.") in self.factory]
+        given = self.factory.keys() | {key for key in axes if getattr(self, key, None) is not None}
+        twice = [key for key in axes if key.removeprefix("factory.") in given]
         if twice:
             raise ValueError(f"`{twice[0]}` is given and searched for: leave one of them out")
         return self
@@ -224,8 +229,8 @@ class StudentStage(Frozen):
     def _goes_together(self) -> StudentStage:
         if self.vocabulary is None and (self.keep_tokens is not None or self.extra_corpus is not None):
             raise ValueError('`keep_tokens` and `extra_corpus` need `vocabulary = "corpus"`')
-        if self.tokenizer is None and {"transplant", "atoms"} & self.model_fields_set:
-            raise ValueError("`transplant` and `atoms` need `tokenizer`")
+        if self.tokenizer is None and {"transplant", "atoms", "mixed_steps", "mixed_share"} & self.model_fields_set:
+            raise ValueError("`transplant`, `atoms` and `mixed_...` need `tokenizer`")
         if self.tokenizer is not None and self.vocabulary is not None:
             raise ValueError("`tokenizer` and `vocabulary` do not go together")
         if self.rank is not None and self.rank_energy is not None:

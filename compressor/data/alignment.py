@@ -14,6 +14,7 @@ import numpy as np
 
 from compressor.data.blocks import IGNORED, LEAST_TOKENS, BlockSplit, digests_of
 from compressor.data.raw import RawData, RawPart
+from compressor.data.surfaces import Vocabulary, shared_ids, spelt, vocabulary_of
 from compressor.data.text import CHUNK, load_tokenizer
 from compressor.data.types import Split
 from compressor.errors import PlanError
@@ -142,6 +143,46 @@ def aligned(name: str, split: BlockSplit, own: Stream, other: Stream, teacher: L
         (other.ends[first - 1] - zero).astype(np.int32),
         np.where(np.arange(size)[None] < lengths[:, None], student, -1).astype(np.int32),
     )
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Two vocabularies side by side, int64.
+
+    ``same`` (K, 2): student id and teacher id of the same token. ``known`` (M,): the teacher's tokens that the
+    student's tokenizer can spell, ``pieces`` (M, P): the student's tokens that spell them, -1 where there are fewer.
+    """
+
+    same: Array
+    known: Array
+    pieces: Array
+
+
+def shared_vocabulary(student: LoadedModel, teacher: LoadedModel) -> Shared:
+    """What both tokenizers have, and how the student's spells the teacher's tokens."""
+    own, other = (_vocabulary(model) for model in (student, teacher))
+    both = shared_ids(other, own)
+    same = np.array(sorted(both.items()), np.int64).reshape(-1, 2)
+    back = {old: new for new, old in reversed(sorted(both.items()))}
+    preprocess = student.preprocess
+    assert isinstance(preprocess, TextInput)  # its vocabulary was read
+    tokenizer = load_tokenizer(student, preprocess)
+    tokenizer.no_truncation()
+    absent = [number for number in other.surfaces if number not in back]
+    spelling = {number: [token] for number, token in back.items()}
+    spelling |= {number: ids for number, ids in zip(absent, spelt(other, absent, tokenizer), strict=True) if ids}
+    known = sorted(spelling)
+    pieces = np.full((len(known), max((len(spelling[n]) for n in known), default=1)), -1, np.int64)
+    for row, number in enumerate(known):
+        pieces[row, : len(spelling[number])] = spelling[number]
+    return Shared(same, np.array(known, np.int64), pieces)
+
+
+def _vocabulary(model: LoadedModel) -> Vocabulary:
+    preprocess = model.preprocess
+    if not isinstance(preprocess, TextInput):
+        raise PlanError.single("teacher.more", f"`{model.provenance.source}` reads no text")
+    return vocabulary_of(model.files[preprocess.tokenizer_file], "teacher.more")
 
 
 def _check_positions(teacher: LoadedModel, width: int) -> None:

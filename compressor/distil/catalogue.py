@@ -38,6 +38,7 @@ FAMILIES = {
     "embedding": "sentence embeddings",
     "sequence": "language models",
     "crossvocab": "language models",
+    "vocabularies": "language models",
     "heads": "heads and exits of the student",
     "exits": "heads and exits of the student",
 }

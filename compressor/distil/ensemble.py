@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compressor.data.alignment import shared_vocabulary
 from compressor.distil.augment import augment, uniforms
 from compressor.distil.bank import BankKey, Layout
-from compressor.distil.objectives.base import Batch, Signals
+from compressor.distil.objectives.base import Batch, Signals, Vocabularies
 from compressor.distil.onnx_tap import OnnxTap
 from compressor.distil.panel import MAIN, Panel, Teacher
 from compressor.distil.stream import UNLABELLED, TrainingSet
@@ -248,6 +249,7 @@ class Ensemble:
     def __init__(self, tap: PanelTap, sources: Sequence[TeacherSource], base: Tensor, seed: int) -> None:
         self._tap, self._sources, self.base, self._seed = tap, tuple(sources), base, seed
         self._more = 0
+        self._shared: dict[str, Vocabularies] = {}
 
     @property
     def forwards(self) -> int:
@@ -301,7 +303,17 @@ class Ensemble:
             to_width(labels, mask.shape[1], UNLABELLED), mask,
             ends=to_width(fields["ends"], mask.shape[1], -1), starts=fields["starts"],
         )  # fmt: skip
-        return replace(batch, ends=to_width(fields["student_ends"], batch.mask.shape[1], -1), view=view)
+        ends = to_width(fields["student_ends"], batch.mask.shape[1], -1)
+        return replace(batch, ends=ends, view=view, vocabularies=self._vocabularies(member, mask))
+
+    def _vocabularies(self, member: Member, like: Tensor) -> Vocabularies:
+        """The student's vocabulary beside this teacher's, made once."""
+        name = member.teacher.name
+        if name not in self._shared:
+            found = shared_vocabulary(self._tap.panel.teachers[0].model, member.teacher.model)
+            tensors = (torch.from_numpy(x).to(like.device) for x in (found.same, found.known, found.pieces))
+            self._shared[name] = Vocabularies(*tensors)
+        return self._shared[name]
 
 
 def to_width(rows: Tensor, width: int, fill: int) -> Tensor:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 BATCH_FIELDS = frozenset({"labels", "mask", "response"})  # what the loop fills of every ``Batch``
 SOURCES = {  # where other fields come from
     "ends": "a language model's further teacher with a tokenizer of its own, named in `match`",
+    "vocabularies": "a language model's further teacher with a tokenizer of its own, named in `match`",
     "masked": 'hidden tokens: `augment = ["mask"]`',
     "student_made": "`rollouts` with `beside = true`",
     "groups": "pairs of texts: `data.text_pair` beside `data.text`, in an embedding task",
@@ -82,14 +83,14 @@ def offered_fields(config: DistilStage, panel: Panel | None = None, groups: Grou
     """Fields of a ``Batch`` that this stage, these teachers and data with these groups bring."""
     foreign = panel is not None and any(teacher.foreign for teacher in panel.teachers)
     beside = config.rollouts is not None and config.rollouts.beside
-    made = {"ends": foreign, "student_made": beside, "masked": "mask" in config.augment}
+    made = {"ends": foreign, "vocabularies": foreign, "student_made": beside, "masked": "mask" in config.augment}
     paired = {"groups": groups is not None, "scores": groups is not None and groups.scores is not None}
     return frozenset(name for name, there in {**made, **paired}.items() if there)
 
 
 def _absent(name: str, objective: Objective, fields: frozenset[str]) -> list[str]:
     absent = sorted(objective.needs.batch - BATCH_FIELDS - fields)
-    return [f"`{name}` needs {' and '.join(SOURCES[field] for field in absent)}"] if absent else []
+    return [f"`{name}` needs {' and '.join(dict.fromkeys(SOURCES[f] for f in absent))}"] if absent else []
 
 
 def _unfit(config: DistilStage, name: str, objective: Objective, processes: int) -> list[str]:

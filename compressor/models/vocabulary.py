@@ -170,7 +170,7 @@ def with_tables(module: nn.Module, rows: Mapping[str, Tensor], ids: Mapping[int,
     before = len(next(iter(table_parameters(module).values())))
     for part in twin.modules():
         config = getattr(part, "config", None)
-        if getattr(config, "vocab_size", None) == before:
+        if config is not None and getattr(config, "vocab_size", None) == before:
             config.vocab_size = size
     return twin
 

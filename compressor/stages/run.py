@@ -56,9 +56,7 @@ class Run:
     cost: Callable[[Any], float] | None = None  # of a layer's shape, for latency-aware pruning; else operations
     cost_name: str = "operations"
     before: Line | None = None  # the student of the round before, where it is the teacher
-    rules: QuantizationRules = field(
-        default_factory=QuantizationRules
-    )  # of fake quantization
+    rules: QuantizationRules = field(default_factory=QuantizationRules)  # of fake quantization
     original: LoadedModel | None = None  # the teacher with its own vocabulary, where the student's differs
     teacher_data: DataBundle | None = None  # as the teacher's own file takes it, where the student's vocabulary differs
 

@@ -117,9 +117,10 @@ def _exchanged(run: Run, module: Any, stage: StudentStage) -> tuple[Any, list[La
     """The model with the tables that another tokenizer asks for, where one does."""
     if stage.tokenizer is None or run.original is None:
         return module, []
-    from compressor.students.transplant import settle
+    from compressor.students.transplant import settle, texts_of
 
-    return settle(module, run.original, stage)
+    texts = texts_of(run.original, run.teacher_data) if stage.transplant == "mixed" and run.teacher_data else ()
+    return settle(module, run.original, stage, texts, run.recipe.seed)
 
 
 def _curves(run: Run, line: Line, stage: PruneStage) -> Any:

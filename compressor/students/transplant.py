@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.data.load import load_data
 from compressor.data.raw import RawData
+from compressor.data.surfaces import Vocabulary, shared_ids, spelt, vocabulary_of
+from compressor.data.text import load_tokenizer
 from compressor.data.types import DataBundle
 from compressor.errors import PlanError, Problem
 from compressor.ledger import digest_of
 from compressor.models.preprocessing import TOKENIZER_FILE, bare_tokenizer
 from compressor.models.types import LoadedModel, TextInput
 from compressor.recipe import Recipe, StudentStage, TeacherConfig
-from compressor.students.surfaces import Vocabulary, vocabulary_of, words
-from compressor.students.vocabulary import digest_with, outputs_over
+from compressor.students.vocabulary import digest_with, outputs_over, rows_of
 from compressor.types import LayerFact, file_digest
 
 if TYPE_CHECKING:
@@ -127,13 +128,7 @@ class Pair:
     @classmethod
     def of(cls, old: bytes, new: bytes) -> Pair:
         before, after = vocabulary_of(old, "the teacher's tokenizer"), vocabulary_of(new, KEY)
-        known = before.ids
-        shared = {number: known[surface] for number, surface in sorted(after.surfaces.items()) if surface in known}
-        for role in ("pad", "eos", "mask", "unk"):
-            mine, theirs = after.role(role), before.role(role)  # type: ignore[arg-type]
-            if mine is not None and theirs is not None:
-                shared.setdefault(mine, theirs)
-        return cls(before, after, shared)
+        return cls(before, after, shared_ids(before, after))
 
     @property
     def absent(self) -> list[int]:
@@ -148,7 +143,7 @@ class Pair:
         for name, role in (("mask_id", "mask"), ("eos_id", "eos")):
             old = getattr(text, name)
             if old is not None:
-                found[name] = back.get(old, self.new.role(role))  # type: ignore[arg-type]
+                found[name] = back.get(old, self.new.role(role))
                 if found[name] is None:
                     raise PlanError.single(KEY, f"has no token for the model's `{role}`")
         return found
@@ -190,34 +185,44 @@ def _pieces(pair: Pair, model: LoadedModel, absent: Sequence[int]) -> list[list[
     text = model.preprocess
     assert isinstance(text, TextInput)
     tokenizer = Tokenizer.from_str(model.files[text.tokenizer_file].decode())
-    empty = ("text", b"", False)
-    spelt = [words(pair.new.surfaces.get(number, empty)) for number in absent]
-    return [encoding.ids for encoding in tokenizer.encode_batch(spelt, add_special_tokens=False)]
+    return spelt(pair.new, absent, tokenizer)
 
 
-def settle(module: nn.Module, original: LoadedModel, stage: StudentStage) -> tuple[nn.Module, list[LayerFact]]:
+def settle(
+    module: nn.Module, original: LoadedModel, stage: StudentStage, texts: Sequence[str] = (), seed: int = 0
+) -> tuple[nn.Module, list[LayerFact]]:
     """A copy of ``module`` (the model under the new tokenizer) with the rows that the stage asks for, and facts.
 
-    ``original``: the model with its own tokenizer.
+    ``original``: the model with its own tokenizer. ``texts`` and ``seed`` are for ``mixed``, which trains.
     """
     from compressor.models.vocabulary import set_rows, table_parameters
 
     student = copy.deepcopy(module)
-    rows, facts = settled_rows(original, stage)
+    rows, facts = settled_rows(original, stage, texts, seed)
     tables = table_parameters(student)
     for name, table in tables.items():
         set_rows(student, table, rows[name])
     return student, facts
 
 
-def settled_rows(original: LoadedModel, stage: StudentStage) -> tuple[dict[str, Tensor], list[LayerFact]]:
+def settled_rows(
+    original: LoadedModel, stage: StudentStage, texts: Sequence[str] = (), seed: int = 0
+) -> tuple[dict[str, Tensor], list[LayerFact]]:
     """The tables under the new tokenizer, by parameter name."""
     text = original.preprocess
     assert isinstance(text, TextInput)
     pair = Pair.of(original.files[text.tokenizer_file], tokenizer_content(stage))
     absent = pair.absent
-    if stage.transplant != "omp":
-        rows, told = start_rows(pair, original, stage.transplant), stage.transplant
+    told: str = stage.transplant
+    if stage.transplant == "mixed":
+        from compressor.students.mixed import learn
+
+        start, content = start_rows(pair, original, "pieces"), tokenizer_content(stage)
+        options = {"steps": stage.mixed_steps, "probability": stage.mixed_share, "seed": seed}
+        rows, (first, last) = learn(original, content, start, texts, **options)  # type: ignore[arg-type]
+        told = f"{stage.mixed_steps} steps on mixed texts, loss {first:.3f} -> {last:.3f}"
+    elif stage.transplant != "omp":
+        rows = start_rows(pair, original, stage.transplant)
     else:
         rows = start_rows(pair, original, "zero")
         told = _pursued(pair, original, stage, rows)
@@ -228,6 +233,14 @@ def settled_rows(original: LoadedModel, stage: StudentStage) -> tuple[dict[str, 
             LayerFact("student", name.rpartition(".")[0], "transplanted", f"{pair.old.size} tokens", after, told)
         )
     return rows, facts
+
+
+def texts_of(original: LoadedModel, data: DataBundle) -> list[str]:
+    """The training texts as the model's own tokenizer gives them back (a language model's in blocks)."""
+    text = original.preprocess
+    assert isinstance(text, TextInput)
+    rows = [row.tolist() for row in rows_of(data.splits["train"])]
+    return list(load_tokenizer(original, text).decode_batch(rows))
 
 
 def _pursued(pair: Pair, original: LoadedModel, stage: StudentStage, rows: dict[str, Tensor]) -> str:
@@ -254,4 +267,4 @@ def _pursued(pair: Pair, original: LoadedModel, stage: StudentStage, rows: dict[
     return f"matching pursuit, {found.atoms.shape[1]} atoms; {float(left.mean()):.0%} of a token's norm left on average"
 
 
-__all__ = ["Pair", "Transplanted", "settle", "settled_rows", "start_rows", "transplant", "transplant_stage"]
+__all__ = ["Pair", "Transplanted", "settle", "settled_rows", "start_rows", "texts_of", "transplant", "transplant_stage"]

@@ -94,7 +94,7 @@ def triples(mask):
 
 
 SCENES = {
-    **dict.fromkeys(("tsld", "distillm2", "alm", "uld"), (tagger, tokens)),
+    **dict.fromkeys(("tsld", "distillm2", "alm", "uld", "vocab-match", "vocab-map"), (tagger, tokens)),
     "label-embedding": (transformer, several_labels),
     "masked-tokens": (transformer, hiding),
     "additive-margin": (transformer, pairs),

@@ -77,6 +77,7 @@ class Batch:
     ``scores``: float (B,), a teacher's offline score of each row.
     ``student_made``: bool (B,), rows that the student generated.
     ``source``: (B, S), non-zero at real tokens of the source text; encoder-decoder models only.
+    ``vocabularies``: the student's beside those of the teacher of ``view``; None: one vocabulary.
     ``view``: the same samples as the teacher saw them (other tokenizer, longer context); None: as the student did.
     """
 
@@ -91,6 +92,7 @@ class Batch:
     student_made: Tensor | None = None
     view: Batch | None = None
     source: Tensor | None = None
+    vocabularies: Vocabularies | None = None
 
     def mask_of(self, signal: str) -> Tensor | None:
         """The mask of a signal's tokens: the encoder's lie at the source's, all others where the outputs do."""
@@ -102,6 +104,15 @@ class Batch:
         if self.response is None or self.mask is None:
             return self.mask if self.response is None else self.response
         return (self.mask != 0) & (self.response != 0)
+
+
+@dataclass(frozen=True)
+class Vocabularies:
+    """Two vocabularies side by side, int64: see :class:`compressor.data.alignment.Shared`."""
+
+    same: Tensor
+    known: Tensor
+    pieces: Tensor
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def test_common_chunks_hold_the_same_text_for_both_tokenizers(folder: Path) -> N
     assert compared > 500
 
 
-@pytest.mark.parametrize("use", ["alm", "uld"])
+@pytest.mark.parametrize("use", ["alm", "uld", "vocab-match", "vocab-map"])
 def test_a_student_learns_from_a_teacher_with_another_tokenizer(folder: Path, tmp_path: Path, use: str) -> None:
     session = opened(folder, use=use)
     assert any("teacher outputs are cached" in line for line in session.plan.banks)
