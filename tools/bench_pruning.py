@@ -182,7 +182,7 @@ def theirs(ratio: float, round_to: int, everywhere: bool, method: str = "magnitu
     )
     pruner = torch_pruning.pruner.BasePruner(
         module, EXAMPLE["image"], importance=importance, global_pruning=everywhere, pruning_ratio=ratio,
-        ignored_layers=[module.head], round_to=round_to, max_pruning_ratio=0.9,
+        ignored_layers=[module.head], round_to=round_to, max_pruning_ratio=0.95,
     )  # fmt: skip
     pruner.step()
     return module
@@ -191,7 +191,7 @@ def theirs(ratio: float, round_to: int, everywhere: bool, method: str = "magnitu
 def grid() -> Iterator[tuple[float, int, bool, str]]:
     for everywhere, method in KINDS:
         for round_to in (8, 16):
-            for ratio in np.arange(0.5, 0.81, 0.03):
+            for ratio in np.arange(0.5, 0.93, 0.03):
                 yield round(float(ratio), 2), round_to, everywhere, method
 
 
@@ -207,6 +207,8 @@ def matched(path: Path, wanted: nn.Module) -> dict[str, Any]:
                     candidates[f"{ratio}/{round_to}"] = theirs(ratio, round_to, where, how)
             times = latencies({"teacher": teacher(), "ours": wanted, **candidates}, path.parent)
             fitting = [name for name in candidates if times[name] <= 1.05 * times["ours"]]
+            if not fitting:  # nothing of theirs is as fast: its fastest, and the table shows both latencies
+                fitting = [min(candidates, key=lambda name: times[name])]
             best = max(fitting, key=lambda name: count_macs(candidates[name], EXAMPLE))
             wish, multiple = best.split("/")
             found[f"{'global' if everywhere else 'uniform'} {method}"] = {
@@ -248,7 +250,7 @@ def rival(path: Path, wish: Results) -> None:
         )
 
 
-WISH: Results = {"layers": 2, "scope": "latency", "target_speedup": 7.0, "importance": "taylor"}
+WISH: Results = {"layers": 2, "scope": "latency", "target_speedup": 3.5, "importance": "taylor"}
 
 
 def main() -> None:
