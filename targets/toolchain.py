@@ -26,7 +26,7 @@ from typing import Any
 from compressor.config import suggestion
 from compressor.errors import CompileError, ConfigError, TargetUnavailable
 from compressor.types import write_atomic
-from targets import toolchain_node
+from targets import toolchain_arm64, toolchain_node
 from targets.isolation import Limits, call_worker
 
 LOCKS = Path(__file__).parent / "toolchains"
@@ -40,21 +40,30 @@ _SMOKE = Limits(seconds=120, memory_mib=4096)
 
 @dataclass(frozen=True)
 class Toolchain:
-    """One vendor's tools: what they are for, where the worker script lies that speaks for them (None: npm packages)."""
+    """One vendor's tools: what they are for, where the worker script lies that speaks for them.
+
+    No worker: npm packages, or an emulated Python.
+    """
 
     name: str
     title: str
     licence: str
     worker: Path | None
     pythons: tuple[str, ...] = ("3.11", "3.12", "3.13")  # that the lock file has wheels for
+    emulated: bool = False  # an aarch64 Python under qemu-user: targets/toolchain_arm64.py
 
     @property
     def lock(self) -> Path:
-        return LOCKS / f"{self.name}.{'package-lock.json' if self.worker is None else 'lock'}"
+        return LOCKS / f"{self.name}.{'package-lock.json' if self.npm else 'lock'}"
+
+    @property
+    def npm(self) -> bool:
+        """Is it made of npm packages?"""
+        return self.worker is None and not self.emulated
 
     def pins(self) -> dict[str, str]:
         """Version by normalised package name, from the lock file."""
-        if self.worker is None:
+        if self.npm:
             return toolchain_node.pins(self.lock)
         return {_normal(name): version for name, version in _PIN.findall(self.lock.read_text(encoding="utf-8"))}
 
@@ -79,6 +88,13 @@ CATALOGUE: Mapping[str, Toolchain] = {
     for item in (
         Toolchain(
             "ethos-u", "Arm Vela, the compiler for Ethos-U NPUs", "Apache-2.0", _BACKENDS / "ethos_u" / "worker.py"
+        ),
+        Toolchain(
+            "arm64",
+            "aarch64 Python, ONNX Runtime and LiteRT on an emulated processor (Debian packages, qemu-user)",
+            "MIT, Apache-2.0, PSF-2.0; qemu: GPL-2.0",
+            None,
+            emulated=True,
         ),
         Toolchain(
             "coreml",
@@ -200,7 +216,7 @@ def install(name: str, *, wheels: Path | None = None, on_line: Callable[[str], N
 
 def _fill(item: Toolchain, wheels: Path | None) -> None:
     if item.worker is None:
-        toolchain_node.install(item.lock, item.folder, _run)
+        (toolchain_arm64 if item.emulated else toolchain_node).install(item.lock, item.folder, _run)
         return
     _run([sys.executable, "-m", "venv", str(item.folder)], f"make the environment of `{item.name}`")
     _run(_pip(item, wheels), f"install the tool chain `{item.name}`")
@@ -255,7 +271,7 @@ def verify(name: str) -> tuple[str, ...]:
     if not is_ready(name):
         return (f"it is {status(name).state}",)
     if item.worker is None:
-        return tuple(toolchain_node.problems(item.lock, item.folder))
+        return tuple((toolchain_arm64 if item.emulated else toolchain_node).problems(item.lock, item.folder))
     found = {_normal(package.metadata["Name"]): package for package in distributions(path=[str(_site_packages(item))])}
     problems = [*_wrong_versions(item, found), *(text for pin in item.pins() for text in _changed(found.get(pin)))]
     if not problems:

@@ -54,7 +54,7 @@ Seeds = Annotated[
 ]
 Devices = Annotated[
     list[str] | None,
-    typer.Option("--device", help="An attached device, PROFILE=ssh://user@host: its files run there; may be repeated."),
+    typer.Option("--device", help="An attached device: PROFILE=ssh://user@host or PROFILE=adb://SERIAL; repeatable."),
 ]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that a hub model brings.")]
 
@@ -224,12 +224,20 @@ def verify(
         bool,
         typer.Option("--build", help="Also build and run its C++ sample, lint its Kotlin: this runs what it brings."),
     ] = False,
+    arch: Annotated[
+        str | None, typer.Option("--arch", help="arm64: also run the packaged runner on an emulated processor.")
+    ] = None,
+    cpu: Annotated[str | None, typer.Option("--cpu", help="cortex-a72 or cortex-a76 (default), with --arch.")] = None,
+    inputs: Annotated[
+        list[Path] | None, typer.Option("--input", help="Inputs to answer there and here: .npy, .npz, .txt, a picture.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Check a package: every file's digest, manifest, bill of materials, and its stored answers."""
-    from compressor.cli.verify import verify_command
+    from compressor.cli.verify import emulation_of, verify_command
 
-    raise typer.Exit(verify_command(package, build=build, as_json=json))
+    emulation = emulation_of(arch, cpu, tuple(inputs or ()))
+    raise typer.Exit(verify_command(package, emulation, build=build, as_json=json))
 
 
 @app.command()

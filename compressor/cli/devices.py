@@ -1,4 +1,4 @@
-"""``--device PROFILE=ssh://user@host``, checked before anything is computed."""
+"""``--device PROFILE=ssh://user@host`` or ``adb://SERIAL``, checked before anything is computed."""
 
 from __future__ import annotations
 

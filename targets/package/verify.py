@@ -23,7 +23,7 @@ from compressor.errors import RunError as Failed
 from compressor.profile import HardwareProfile, load_profile, profile_names
 from compressor.types import Artifact, Format, TensorSpec, file_digest
 from targets import registry
-from targets.base import Compiled, Ready
+from targets.base import Compiled, Ready, Session
 from targets.package import infer
 from targets.package.archive import AGAIN, files_of, sum_problems, unpack
 from targets.package.manifest import MANIFEST_VERSION, Manifest
@@ -201,7 +201,7 @@ def _compared(name: str, samples: list[Any], found: list[Any], tolerance: float,
 def replay_device_file(folder: Path, manifest: Manifest) -> Check:
     """Run a device's own format where its runtime is here: the largest output must be the portable model's."""
     name = f"answers of `{manifest.model.file}`"
-    target = manifest.model.runtime if manifest.model.runtime in registry.names() else manifest.target
+    target = _target(manifest)
     ready = registry.probe(target)
     if not isinstance(ready, Ready) or ready.runs is None:
         reason = (
@@ -212,8 +212,7 @@ def replay_device_file(folder: Path, manifest: Manifest) -> Check:
         return Check(name, Verdict.NOT_HERE, reason)
     samples = infer.Package(folder).stored()
     try:
-        profile = _profile(manifest, target)
-        with registry.get(target).open(_compiled(folder, manifest), profile) as session:
+        with device_session(folder, manifest) as session:
             found = [session.run(item["input"]) for item in samples]
     except CompressError as error:
         return Check(name, Verdict.FAILED, str(error))
@@ -227,6 +226,18 @@ def replay_device_file(folder: Path, manifest: Manifest) -> Check:
     text = f"{target} here ({ready.runs.value}): same largest output in {same} of {len(samples)} samples, "
     text += f"worst relative difference to the portable model {worst:.3g}"
     return Check(name, Verdict.PASSED if same == len(samples) else Verdict.FAILED, text)
+
+
+def _target(manifest: Manifest) -> str:
+    return manifest.model.runtime if manifest.model.runtime in registry.names() else manifest.target
+
+
+@contextmanager
+def device_session(folder: Path, manifest: Manifest) -> Iterator[Session]:
+    """The device's own file, opened by its target here. Raises what :meth:`TargetBackend.open` raises."""
+    target = _target(manifest)
+    with registry.get(target).open(_compiled(folder, manifest), _profile(manifest, target)) as session:
+        yield session
 
 
 def _profile(manifest: Manifest, target: str) -> HardwareProfile:

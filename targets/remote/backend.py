@@ -12,14 +12,18 @@ from compressor.profile import HardwareProfile
 from compressor.types import Array, Artifact, Origin, file_digest
 from targets.backends.onnxruntime_cpu import LEVELS, session_entries
 from targets.base import Compiled, Missing, Ready, Session, TargetBackend
-from targets.remote.ssh import Address, Link, parse_address
+from targets.remote.adb import AdbAddress, AdbLink, parse_adb
+from targets.remote.link import Link
+from targets.remote.ssh import Address, SshLink, parse_address
+
+Device = Address | AdbAddress
 
 REMOTE = ("onnxruntime-cpu",)  # targets that the runner on the device speaks
 
 
-def parse_devices(words: Sequence[str]) -> dict[str, Address]:
-    """``PROFILE=ssh://user@host`` by profile. Raises :class:`ConfigError`."""
-    found: dict[str, Address] = {}
+def parse_devices(words: Sequence[str]) -> dict[str, Device]:
+    """``PROFILE=ssh://user@host`` or ``PROFILE=adb://SERIAL`` by profile. Raises :class:`ConfigError`."""
+    found: dict[str, Device] = {}
     for word in words:
         name, equals, address = word.partition("=")
         if not equals or not name:
@@ -27,17 +31,17 @@ def parse_devices(words: Sequence[str]) -> dict[str, Address]:
             raise ConfigError.single(f"--device `{word}`", "device", "is not PROFILE=ADDRESS", hint=hint)
         if name in found:
             raise ConfigError.single(f"--device `{word}`", "device", f"`{name}` is attached twice")
-        found[name] = parse_address(address)
+        found[name] = parse_adb(address) if address.startswith("adb:") else parse_address(address)
     return found
 
 
-def attach(backend: TargetBackend, profile: HardwareProfile, devices: Mapping[str, Address]) -> TargetBackend:
+def attach(backend: TargetBackend, profile: HardwareProfile, devices: Mapping[str, Device]) -> TargetBackend:
     """``backend``, or the same on the device that is attached for this profile."""
     address = devices.get(profile.name)
     if address is None:
         return backend
     if backend.name not in REMOTE:
-        what = f"target {backend.name} cannot be run over SSH; {', '.join(REMOTE)} can"
+        what = f"target {backend.name} cannot be run on an attached device; {', '.join(REMOTE)} can"
         raise ConfigError.single(f"--device {profile.name}={address}", "target", what)
     return Attached(backend, address)
 
@@ -45,10 +49,10 @@ def attach(backend: TargetBackend, profile: HardwareProfile, devices: Mapping[st
 class Attached(TargetBackend):
     """``inner`` compiles; the device runs."""
 
-    def __init__(self, inner: TargetBackend, address: Address) -> None:
+    def __init__(self, inner: TargetBackend, address: Device) -> None:
         self._inner, self._address = inner, address
         self.name, self.accepts, self.summary = inner.name, inner.accepts, inner.summary  # type: ignore[misc]
-        self.memory_apart = "not measured over SSH"  # type: ignore[misc]
+        self.memory_apart = "not measured on an attached device"  # type: ignore[misc]
 
     def probe(self) -> Ready | Missing:
         """Connect and ask the runner what device it is on."""
@@ -61,7 +65,9 @@ class Attached(TargetBackend):
         except TargetUnavailable as error:
             return Missing(str(error), error.hint)
         except RunError as error:
-            return Missing(str(error), f"On the device: {self._address.python} -m pip install onnxruntime numpy")
+            return Missing(
+                str(error), f"On the device: {self._address.python or 'python3'} -m pip install onnxruntime numpy"
+            )
         device = f"{facts['processor']} ({facts['machine']}, {facts['cores']} cores, {self._address.host})"
         return Ready(device, facts["versions"], runs=Origin.MEASURED, attached=True)
 
@@ -87,7 +93,7 @@ class Attached(TargetBackend):
 
     @contextmanager
     def _link(self) -> Iterator[Link]:
-        link = Link(self._address)
+        link = AdbLink(self._address) if isinstance(self._address, AdbAddress) else SshLink(self._address)
         try:
             yield link
         finally:

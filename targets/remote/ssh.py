@@ -11,17 +11,15 @@ import contextlib
 import hashlib
 import struct
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
-from compressor.errors import ConfigError, DeviceLost, RunError, TargetUnavailable
-from compressor.types import Array
-from targets.messages import decode, encode
+from compressor.errors import ConfigError, DeviceLost, TargetUnavailable
+from targets.remote.link import NEEDS, RESUMES, RUNNER, Link
 
-RUNNER = Path(__file__).parent / "runner.py"
 FOLDER = ".cache/compress-for-device"  # under the home of the user on the device
 INSTALL = "pip install 'compress-for-device[remote]'"
 _CONNECT_S = 20.0
@@ -68,17 +66,17 @@ def parse_address(text: str) -> Address:
     return Address(parts.hostname, port, parts.username, query.get("python", ["python3"])[0])
 
 
-class Link:
+class SshLink(Link):
     """An open connection. Its coroutines run on a thread of their own, so that callers stay synchronous."""
 
     def __init__(self, address: Address, timeout_s: float = 300.0) -> None:
         """Connect, bring the runner and start it. Raises :class:`TargetUnavailable`."""
         self.address, self._timeout_s = address, timeout_s
+        self._process: Any = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._connection: Any = None
-        self._process: Any = None
         try:
             self._wait(self._connect(), _CONNECT_S)
             self.folder = self._wait(self._bring_runner(), _CONNECT_S)
@@ -124,16 +122,15 @@ class Link:
     async def _create(self) -> Any:
         return await self._connection.create_process(self._command, encoding=None)
 
-    def ask(self, header: Mapping[str, Any], arrays: Mapping[str, Array] | None = None) -> Any:
-        """One request to the runner: its reply's header and arrays. Raises RunError, or DeviceLost."""
-        found, outputs = decode(self._wait(self._exchange(encode(header, arrays or {})), self._timeout_s))
-        if not found.pop("ok"):
-            raise RunError(f"on {self.address}: {found.get('error', 'no reason given')}")
-        return found, outputs
+    def __str__(self) -> str:
+        return str(self.address)
 
-    async def _exchange(self, message: bytes) -> bytes:
+    def exchange(self, frame: bytes) -> bytes:
+        return self._wait(self._exchange(frame), self._timeout_s)
+
+    async def _exchange(self, frame: bytes) -> bytes:
         process = self._process
-        process.stdin.write(struct.pack("<Q", len(message)) + message)
+        process.stdin.write(frame)
         await process.stdin.drain()
         try:
             (size,) = struct.unpack("<Q", await process.stdout.readexactly(8))
@@ -150,23 +147,16 @@ class Link:
         text = said.decode("utf-8", "replace").strip()
         if text or self._process.exit_status is not None:
             end = text.splitlines()[-1] if text else f"exit status {self._process.exit_status}"
-            hint = "The device needs Python 3.9, numpy and onnxruntime; name its interpreter by ?python=PATH."
-            return TargetUnavailable(f"the runner on {self.address} ended: {end}", hint=hint)
-        return DeviceLost(f"the connection to {self.address} was lost", hint="Run the same command again: it resumes.")
+            return TargetUnavailable(f"the runner on {self.address} ended: {end}", hint=NEEDS)
+        return DeviceLost(f"the connection to {self.address} was lost", hint=RESUMES)
 
     def restart(self) -> None:
-        """A fresh process on the device: what a crashed model left behind is gone."""
         if self._process is not None:
             self._process.close()
         self._start()
 
-    def bring(self, files: Sequence[tuple[Path, str, str]]) -> None:
-        """Copy ``(local, remote, sha256)``; what is there with the right checksum stays. Checked after the transfer."""
-        wanted = {remote: digest for _, remote, digest in files}
-        missing = set(self.ask({"action": "missing", "files": wanted})[0]["missing"])
-        self._wait(self._send([(local, remote) for local, remote, _ in files if remote in missing]), self._timeout_s)
-        if missing and (wrong := self.ask({"action": "missing", "files": wanted})[0]["missing"]):
-            raise RunError(f"{', '.join(wrong)} arrived damaged on {self.address}", hint="Is its disk full?")
+    def send(self, pairs: Sequence[tuple[Path, str]]) -> None:
+        self._wait(self._send(pairs), self._timeout_s)
 
     async def _send(self, pairs: Sequence[tuple[Path, str]]) -> None:
         async with self._connection.start_sftp_client() as sftp:
@@ -183,9 +173,7 @@ class Link:
             return future.result(seconds)
         except (concurrent.futures.TimeoutError, TimeoutError):
             future.cancel()
-            raise DeviceLost(
-                f"{self.address} did not answer within {seconds:g} s", hint="Run the same command again: it resumes."
-            ) from None
+            raise DeviceLost(f"{self.address} did not answer within {seconds:g} s", hint=RESUMES) from None
         except Exception as error:
             raise self._typed(error) from error
 
@@ -194,11 +182,10 @@ class Link:
 
         if isinstance(error, CompressError):
             return error
-        hint = "Run the same command again: it resumes."
-        return DeviceLost(f"the connection to {self.address} was lost: {type(error).__name__}: {error}", hint=hint)
+        what = f"the connection to {self.address} was lost: {type(error).__name__}: {error}"
+        return DeviceLost(what, hint=RESUMES)
 
     def close(self) -> None:
-        """End the runner and the connection."""
         for part in (self._process, self._connection):
             if part is not None:
                 self._loop.call_soon_threadsafe(part.close)

@@ -24,7 +24,7 @@ from compressor.types import Artifact, Format, Origin, TensorSpec, file_digest
 from targets import registry
 from targets.base import Missing, Ready, SelfTimed
 from targets.remote import attach, parse_devices
-from targets.remote.ssh import Address, Link, parse_address
+from targets.remote.ssh import Address, SshLink, parse_address
 from targets.site import find_site
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
@@ -142,7 +142,7 @@ def test_the_device_is_measured_itself(board, artifact, tmp_path):
 
 @needs_sshd
 def test_a_damaged_copy_is_sent_again(board, artifact):
-    link = Link(parse_address(board[0]))
+    link = SshLink(parse_address(board[0]))
     try:
         digest = file_digest(artifact.path).removeprefix("sha256:")
         remote = f"{link.folder}/models/test/m.onnx"
@@ -163,7 +163,7 @@ def test_an_unknown_host_key_is_refused(board):
     known.write_text("")
     try:
         with pytest.raises(TargetUnavailable, match="host key") as refused:
-            Link(parse_address(board[0]))
+            SshLink(parse_address(board[0]))
         assert "fingerprint" in refused.value.hint
     finally:
         known.write_text(kept)
@@ -188,7 +188,7 @@ def test_a_device_without_the_runtime_says_so(board, tmp_path):
 @needs_sshd
 def test_a_lost_connection_is_an_error_of_its_own(board):
     _, _, server = board
-    link = Link(parse_address(board[0]))
+    link = SshLink(parse_address(board[0]))
     try:
         link.ask({"action": "hello"})
         children = subprocess.run(["pgrep", "-P", str(server.pid)], capture_output=True, text=True, check=True).stdout
