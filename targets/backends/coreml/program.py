@@ -20,6 +20,9 @@ from targets.static_graph import DEQUANTIZE, QUANTIZE, Graph, Node
 
 _KINDS = {"f": "fp32", "i": "int32", "u": "int32", "b": "bool"}
 _TYPES = {"fp32": types.fp32, "int32": types.int32, "bool": types.bool}
+NUMBERS_ONLY = frozenset(
+    {"Concat", "Expand", "Gather", "GatherND", "Pad", "Slice", "Split"}
+)  # MIL's take no truth values
 PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 
@@ -43,7 +46,9 @@ class Maker:
         name = node.input(place)
         if name not in self.values:
             self.values[name] = mb.const(val=narrowed(self.graph.constants[name]), name=name)
-        return self.values[name]
+        found = self.values[name]
+        as_number = node.operator in NUMBERS_ONLY and found.dtype == types.bool
+        return mb.cast(x=found, dtype="int32") if as_number else found
 
     def stored(self, node: Node, place: int) -> Any:
         """The numpy value of a stored operand."""
@@ -83,7 +88,8 @@ class Maker:
         else:
             raise refuse(node, f"{node.operator} has no form in the Core ML export")
         for name, value in zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=False):
-            self.values[name] = value
+            as_truth = self.kind(name) == "bool" and value.dtype != types.bool
+            self.values[name] = mb.cast(x=value, dtype="bool") if as_truth else value
             found = tuple(int(size) for size in value.shape)
             if found != tuple(self.shape(name)):
                 raise CompileError(f"node `{node.name}`: MIL infers {found} for `{name}`, ONNX has {self.shape(name)}")

@@ -128,6 +128,7 @@ def _request(
     kept: dict[str, Any] = {
         "chip": options.chip,
         "quantizer": options.quantizer,
+        "optimisation": options.optimisation,
         "inputs": {name: list(shapes[name]) for name in graph.inputs},
         "outputs": list(graph.outputs),
     }

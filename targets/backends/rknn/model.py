@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from compressor.errors import CompileError
+from compressor.errors import CompileError, sdk_errors
 from targets.static_graph import Graph, Node
 
 OPSET = 19
@@ -25,7 +25,8 @@ def source_opset(path: Path) -> int:
     """The standard opset of an ONNX file. Raises :class:`CompileError` for one that is too new."""
     import onnx
 
-    model = onnx.load(str(path), load_external_data=False)
+    with sdk_errors(CompileError, f"read `{path.name}`", hint="Is the file a valid ONNX model?"):
+        model = onnx.load(str(path), load_external_data=False)
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
     if opset > NEWEST:
         raise CompileError(

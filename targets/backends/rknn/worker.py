@@ -7,6 +7,7 @@ start the simulator (it takes a graph that was just built, not a file); ``run`` 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import sys
@@ -21,6 +22,8 @@ import numpy as np
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _SWITCH_OFF = re.compile(r"disable_rules=\['([\w.-]+)'\]")  # what the toolkit advises when one of its rules breaks
 _CUSTOM = re.compile(r"No lowering found for: (.+?), node type = (\w+), use CustomOperatorLower")
+_RAISED = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception)): ", re.MULTILINE)
+_PASSES = re.compile(r"^D (\w+) \.\.\.$", re.MULTILINE)
 _MOST_OFF = 5  # beyond, what is left of the toolkit's rules was seen to run in circles
 _loaded: dict[str, Any] = {}
 
@@ -56,7 +59,7 @@ def _build(request: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         except (Exception, SystemExit) as error:
             rule = next(iter(reversed(_SWITCH_OFF.findall("".join(log)))), None)
             if rule is None or rule in off or len(off) >= _MOST_OFF:
-                raise Refused(_reason(error)) from error
+                raise Refused(_reason(error, "".join(log))) from error
             off.append(rule)
             continue
         text = "".join(log)
@@ -67,11 +70,9 @@ def _attempt(request: Mapping[str, Any], off: list[str]) -> Any:
     from rknn.api import RKNN
 
     rknn = RKNN(verbose=True)
+    settings = {"quantized_algorithm": request["quantizer"], "optimization_level": request["optimisation"]}
     more = {"disable_rules": off} if off else {}
-    _check(
-        rknn.config(target_platform=request["chip"], quantized_algorithm=request["quantizer"], **more),
-        "set the options",
-    )
+    _check(rknn.config(target_platform=request["chip"], **settings, **more), "set the options")
     dataset = request.get("dataset")
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # it drops files of its own when it fails
         _check(rknn.load_onnx(model=request["model"]), "read the model")
@@ -101,18 +102,22 @@ def _check(code: int, doing: str) -> None:
         raise Refused(f"could not {doing} (code {code})")
 
 
-def _reason(error: BaseException) -> str:
-    """The toolkit's errors carry whole tracebacks as their text: what stands after them."""
+def _reason(error: BaseException, log: str) -> str:
+    """The toolkit's errors carry whole tracebacks as their text: what stands after them, and the pass it was in."""
     text = _COLOURS.sub("", str(error)).strip()
-    tail = re.split(r"^\S*(?:Error|Exception): ", text, flags=re.MULTILINE)[-1]
-    return " ".join(tail.split())[:600] or type(error).__name__
+    found = list(_RAISED.finditer(text))
+    kind, said = (found[-1][1], text[found[-1].end() :]) if found else (type(error).__name__, text)
+    told = " ".join(said.split())[:600]
+    if kind in ("ValueError", "Refused"):
+        return told or kind
+    doing = _PASSES.findall(log)
+    return f"it broke with {kind} ({told})" + (f" in its pass {doing[-1]}" if doing else "")
 
 
 @contextlib.contextmanager
 def _captured(log: list[str]) -> Iterator[None]:
     """What Python and C code print meanwhile goes into ``log``."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     kept = [os.dup(1), os.dup(2)]
     with tempfile.TemporaryFile() as stream:
         os.dup2(stream.fileno(), 1)
@@ -120,13 +125,19 @@ def _captured(log: list[str]) -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            _flush()
             for number, saved in zip((1, 2), kept, strict=True):
                 os.dup2(saved, number)
                 os.close(saved)
             stream.seek(0)
             log.append(_COLOURS.sub("", stream.read().decode("utf-8", "replace")))
+
+
+def _flush() -> None:
+    """Python's streams and C's: a part of what the toolkit says lies in C's buffer until the process ends."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    ctypes.CDLL(None).fflush(None)
 
 
 def _run(inputs: Path, outputs: Path) -> dict[str, Any]:
@@ -175,6 +186,7 @@ def _smoke() -> dict[str, Any]:
             "rknn": str(Path(folder) / "smoke.rknn"),
             "chip": "rk3588",
             "quantizer": "normal",
+            "optimisation": 3,
             "inputs": {"x": [1, 1, 4, 4]},
             "outputs": ["y"],
         }
