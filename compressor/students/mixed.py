@@ -85,7 +85,7 @@ class Mixture:
         self.new = {name: rows[name].detach().float().clone().requires_grad_() for name in tables}
         self.offset = len(next(iter(self.fixed.values())))
         both = {name: torch.cat([self.fixed[name], rows[name]]) for name in tables}
-        self.module = with_tables(original.module, both, _Same()).eval()
+        self.module = with_tables(original.module, both, {number: number for number in range(self.offset)}).eval()
         for parameter in self.module.parameters():
             parameter.requires_grad_(False)
 
@@ -96,19 +96,6 @@ class Mixture:
         both = {name: torch.cat([self.fixed[name], self.new[name]]) for name in self.new}
         output: Tensor = functional_call(self.module, both, kwargs=dict(inputs), tie_weights=True)
         return output
-
-
-class _Same(dict[int, int]):
-    """Every id keeps its number: the new ones stand behind."""
-
-    def get(self, key: int, default: Any = None) -> Any:  # noqa: ARG002
-        return key
-
-    def __contains__(self, key: object) -> bool:
-        return isinstance(key, int)
-
-    def __getitem__(self, key: int) -> int:
-        return key
 
 
 def batch_of(rows: Sequence[Sequence[int]], model: LoadedModel) -> dict[str, Tensor]:
@@ -128,13 +115,16 @@ def batch_of(rows: Sequence[Sequence[int]], model: LoadedModel) -> dict[str, Ten
 
 
 def loss_of(model: LoadedModel, run: Callable[[Mapping[str, Tensor]], Tensor], rows: Any, plain: Any) -> Tensor:
-    """What the mixed texts cost: next-token cross-entropy of a language model, over both vocabularies; otherwise the
-    distance to the answer on the model's own tokens (``plain``), KL of classes or 1 - cosine of vectors."""
+    """What the mixed texts cost: next-token cross-entropy of a language model, over the vocabularies in the batch, or
+    the distance to the answer on the model's own tokens (``plain``), KL of classes or 1 - cosine of vectors."""
     import torch
     import torch.nn.functional as F
 
     batch = batch_of(rows, model)
     output = run(batch)
+    own = getattr(run, "offset", None)  # tokens of the model itself
+    if own is not None and int(batch["input_ids"].max()) < own:
+        output = output[..., :own]  # nothing is mixed: the model's own loss
     if model.task == "causal-lm":
         labels = torch.where(batch["attention_mask"][:, 1:] != 0, batch["input_ids"][:, 1:], -100)
         return F.cross_entropy(output[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=-100)

@@ -44,15 +44,14 @@ def test_nothing_mixed_is_the_models_own_loss(scene: tuple[Any, Any, Any]) -> No
     batch = batch_of(plain, model)
     with torch.no_grad():
         wanted, found = model.module(**batch), mixture(batch)
-        assert torch.equal(found[..., : wanted.shape[-1]], wanted)
+        assert torch.allclose(found[..., : wanted.shape[-1]], wanted, atol=1e-6)
+        mixed = float(loss_of(model, mixture, plain, plain))
         if model.task != "causal-lm":
-            assert float(loss_of(model, mixture, plain, plain)) == pytest.approx(0.0, abs=1e-6)
+            assert mixed == pytest.approx(0.0, abs=1e-6)
             return
         labels = torch.where(batch["attention_mask"][:, 1:] != 0, batch["input_ids"][:, 1:], -100)
-        loss = torch.nn.functional.cross_entropy
-        teacher = loss(wanted[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)
-        only = loss(found[:, :-1, : wanted.shape[-1]].flatten(0, 1), labels.flatten(), ignore_index=-100)
-    assert float(only) == float(teacher), "over its own vocabulary the loss is the teacher's, exactly"
+        teacher = torch.nn.functional.cross_entropy(wanted[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)
+    assert mixed == pytest.approx(float(teacher), abs=1e-6)
 
 
 def test_words_are_cut_by_either_tokenizer(scene: tuple[Any, Any, Any]) -> None:
@@ -67,8 +66,12 @@ def test_words_are_cut_by_either_tokenizer(scene: tuple[Any, Any, Any]) -> None:
     assert mixed[-1] < 1000
 
 
-def test_learnt_rows_beat_their_start(scene: tuple[Any, Any, Any]) -> None:
+def test_learnt_rows_beat_their_start(scene: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compressor.students.mixed.RATE", 0.02)
     model, made, _ = scene
+    with torch.no_grad():  # as drawn, these models hardly look at their tokens
+        for parameter in model.module.parameters():
+            parameter.mul_(10.0 if parameter.dim() > 1 else 1.0)
     pair = Pair.of(model.files["tokenizer.json"], made.model.files["tokenizer.json"])
     content = made.model.files["tokenizer.json"]
     start = start_rows(pair, model, "pieces")
