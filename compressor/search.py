@@ -58,8 +58,6 @@ class SubSpace(Frozen):
     @model_validator(mode="after")
     def _not_empty(self) -> SubSpace:
         for name, values in self.axes.items():
-            if not values:
-                raise ValueError(f"`{name}` has no values: leave it out, or give some")
             if len({repr(value) for value in values}) < len(values):
                 raise ValueError(f"`{name}` names a value twice")
         if self.size < self.least:
@@ -69,10 +67,8 @@ class SubSpace(Frozen):
     @property
     def axes(self) -> dict[str, tuple[Any, ...]]:
         """Values by key, those that are given, in the order of the fields; factory arguments as ``factory.NAME``."""
-        found: dict[str, tuple[Any, ...]] = {}
-        for name in AXES:
-            if name in self.model_fields_set:
-                found[name] = getattr(self, name)
+        given = {name: getattr(self, name, ()) for name in AXES}
+        found: dict[str, tuple[Any, ...]] = {name: values for name, values in given.items() if values}
         more = getattr(self, "factory", {})
         return found | {f"{FACTORY}{name}": tuple(values) for name, values in more.items()}
 
@@ -108,8 +104,8 @@ AXES = ("keep_layers", "decoder_layers", "hidden_size", "heads", "neurons", "wid
 class Space(SubSpace):
     """Students that a search may choose from: the values that each key of the stage may have.
 
-    ``[stage.search.space.factory]`` holds values of the keyword parameters of the teacher's factory (``pkg.mod:factory``); the
-    student is then what the factory makes with them, weights included.
+    ``[stage.search.space.factory]`` holds values of the keyword parameters of the teacher's factory
+    (``pkg.mod:factory``); the student is then what the factory makes with them, weights included.
     """
 
     decoder_layers: tuple[Keep, ...] = ()  # of encoder-decoder models

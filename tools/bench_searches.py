@@ -28,6 +28,7 @@ from compressor.models.factory import build, remake
 from compressor.recipe import DistilStage
 from compressor.search import Search, Space, SuperNet, named
 from compressor.students.search.diswot import Judge
+from compressor.types import write_atomic
 from tools.bench_methods import pictures
 
 CANDIDATES, IMAGES, TESTED = 20, 4_000, 5_000
@@ -93,8 +94,7 @@ class Store:
         if key not in self.known:
             began = time.process_time()
             self.known[key] = {"value": work(), "cpu_seconds": round(time.process_time() - began, 1)}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.known, indent=1))
+            write_atomic(self.path, json.dumps(self.known, indent=1))
             print(key, self.known[key], flush=True)
         return self.known[key]["value"]
 
@@ -121,6 +121,12 @@ def trained(
     return found
 
 
+def keep(module: nn.Module, path: Path) -> None:
+    """Write the weights; a file is whole or not there."""
+    torch.save(module.state_dict(), path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
 def accuracy(module: nn.Module, split: pictures.Pictures, count: int) -> float:
     assert split.labels is not None
     with torch.inference_mode():
@@ -136,7 +142,7 @@ def teacher_of(folder: Path) -> nn.Module:
     if not path.is_file():
         split = pictures.train("ten", 6_000)
         trained(folder, module, None, DataBundle(split, (), "f", {}), KD | {"labels": 1.0, "objective": []})
-        torch.save(module.state_dict(), path)
+        keep(module, path)
     module.load_state_dict(torch.load(path, weights_only=True))
     return module.eval()
 
@@ -294,7 +300,7 @@ def autodistil(folder: Path, store: Store) -> list[str]:
     path = folder / "text-teacher.pt"
     if not path.is_file():
         trained(folder, teacher, None, data, SUPER | {"epochs": EPOCHS["teacher"], "labels": 1.0, "objective": []})
-        torch.save(teacher.state_dict(), path)
+        keep(teacher, path)
     teacher.load_state_dict(torch.load(path, weights_only=True))
     bank = {"work": folder, "teacher": teacher, "data": data}
     whole = store.get("super", lambda: losses(_super(**bank, epochs=EPOCHS["super"], space=SUBNETS)))
@@ -314,6 +320,10 @@ def autodistil(folder: Path, store: Store) -> list[str]:
         rank = spearmanr(columns[:, column], columns[:, 2]).statistic
         kendall = tau(columns[:, column], columns[:, 2])
         lines.append(f"\nLoss {what} against trained alone: Spearman {rank:+.2f}, Kendall {kendall:+.2f}.")
+        for width in SUBNETS["hidden_size"]:
+            same = columns[[f"hidden_size {width}," in row[0] for row in rows]]
+            rank = spearmanr(same[:, column], same[:, 2]).statistic
+            lines.append(f"Among the {len(same)} of hidden width {width}: Spearman {rank:+.2f}.")
     seconds = store.seconds("super"), store.seconds("alone")
     lines.append(
         f"\nThe super-net of {len(whole)} took {seconds[0]:.0f} CPU seconds, the {ALONE} alone {seconds[1]:.0f}."

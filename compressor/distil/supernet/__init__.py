@@ -24,10 +24,10 @@ from compressor.distil.objectives.base import Committed, Step
 from compressor.distil.supernet.judge import Judge, shown
 from compressor.distil.supernet.subnets import SubNet, SubNets
 from compressor.distil.validation import PLAIN
-from compressor.errors import StageError
+from compressor.errors import PlanError, StageError
 from compressor.models.rebuild import apply
 from compressor.models.structure.surgery import agree
-from compressor.search import Candidate, SuperNet, named
+from compressor.search import Candidate, named
 from compressor.types import LayerFact
 
 if TYPE_CHECKING:
@@ -187,29 +187,30 @@ def supernet_of(setup: Setup, names: Iterable[str], objectives: Sequence[Any], t
         names: signals of the student that the objectives read.
         objectives: with their weights.
         teacher: gives the teacher's signals for inputs; None when nothing reads them.
+
+    Raises:
+        PlanError: the student, as it enters the stage, cannot be cut into such sub-nets.
     """
     from compressor.distil.setup import seed_of
+    from compressor.distil.supernet.problems import space_problems
 
     space = setup.config.supernet
     assert space is not None
     cpu = partial(PLAIN.place, device=torch.device("cpu"))
     few = min(RANKING_SAMPLES, len(setup.data))
     data = [cpu(setup.data.batch(np.arange(at, min(at + 32, few)))) for at in range(0, few, 32)]
-    nets = SubNets(plain(setup.student).cpu().eval(), space, _two(data[0]), data, setup.device)
+    student = plain(setup.student).cpu().eval()
+    wrong = list(space_problems(space, student, _two(data[0])))
+    if wrong:
+        raise PlanError("the super-net", wrong)
+    nets = SubNets(student, space, _two(data[0]), data, setup.device)
     nets.listen({*names, "logits"})
-    nets(_smallest(space))  # what cannot be cut is found before the first step
     made = SharedWeights(setup.student, nets, seed_of(setup.seed, "supernet"), setup.cost)
     held = setup.splits.get("validation")
     source = type(setup.data)([held]) if held is not None and len(held) else setup.data
     place = partial(PLAIN.place, device=setup.device)
     made.judge = Judge(source, space.samples, place, teacher, objectives, setup.label_weight)
     return made
-
-
-def _smallest(space: SuperNet) -> Candidate:
-    from compressor.search import corners
-
-    return corners(space)[0]
 
 
 def _two(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

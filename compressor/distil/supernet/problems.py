@@ -24,7 +24,8 @@ def supernet_problems(
     space = stage.supernet
     assert space is not None
     found = [
-        Problem(f"{where}.supernet.{item.where}".rstrip("."), item.what) for item in _space(space, module, example)
+        Problem(f"{where}.supernet.{item.where}".rstrip("."), item.what)
+        for item in space_problems(space, module, example)
     ]
     found += [Problem(f"{where}.{name}", "cannot be used with `supernet`") for name in _other(stage)]
     signals = available(module)
@@ -45,7 +46,8 @@ def _other(stage: DistilStage) -> list[str]:
     return found + (["rounds"] if stage.rounds > 1 else []) + (["labels"] if stage.labels == "estimate" else [])
 
 
-def _space(space: SuperNet, module: nn.Module, example: Mapping[str, Tensor]) -> Iterator[Problem]:
+def space_problems(space: SuperNet, module: nn.Module, example: Mapping[str, Tensor]) -> Iterator[Problem]:
+    """Values that ``module`` cannot have and a budget that no sub-net meets; keys are those inside the table."""
     from torch.nn.modules.batchnorm import _NormBase
 
     from compressor.models.signals import encoder_decoder, structure_of
@@ -108,4 +110,4 @@ def _budget(space: SuperNet, module: nn.Module, example: Mapping[str, Tensor]) -
         yield Problem("budget", f"no sub-net meets it; the smallest, {named(smallest)}: {'; '.join(over)}")
 
 
-__all__ = ["supernet_problems"]
+__all__ = ["space_problems", "supernet_problems"]

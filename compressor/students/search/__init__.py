@@ -101,7 +101,12 @@ def choose(build: Builder, judge: Judge, config: Search) -> Outcome:
 
     def evaluate(candidate: Candidate) -> Tried:
         found, module = build(candidate)
-        return found if module is None or found.why else replace(found, score=judge(module))
+        if module is None or found.why:
+            return found
+        try:
+            return replace(found, score=judge(module))
+        except CompressError as error:
+            return replace(found, why=f"cannot be scored: {error}".replace("\n", " "))
 
     tried = sorted(look_at(config, evaluate), key=lambda each: each.rank)
     if tried[0].score is None:
@@ -128,7 +133,7 @@ def problems_of(module: nn.Module, example: Batch, stage: StudentStage, make: Ma
 
     assert stage.search is not None
     found = _value_problems(module, example, stage)
-    found += [Problem("search.terms", text) for text in diswot.problems_of(module, stage.search)]
+    found += [Problem("search.terms", text) for text in diswot.problems_of(module, example, stage.search)]
     return found or _budget_problems(module, example, stage, make)
 
 

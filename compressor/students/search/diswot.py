@@ -26,11 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressor.errors import CompressError
+from compressor.errors import PlanError
 from compressor.models.signals import SignalTap, available, structure_of
+from compressor.models.structure.surgery import outputs_of
 from compressor.search import Search
 
 Batch = Mapping[str, Tensor]
+NO_CLASSIFIER = '`ickd` needs a linear classifier at the end, and the model has none: give `terms = ["sp"]`'
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
@@ -130,9 +132,11 @@ def look(module: nn.Module, batch: Batch, labels: Tensor, terms: Sequence[str]) 
     ``labels``: int64 (B,), (B, T) for one a token, float (B, C) for several a sample.
 
     Raises:
-        PlanError: the module has no features that could be compared.
+        PlanError: `ickd` is wanted and no linear classifier makes the module's output.
     """
     head = structure_of(module).head if "ickd" in terms else None
+    if "ickd" in terms and head is None:
+        raise PlanError.single("search.terms", NO_CLASSIFIER)
     name = "hidden[-1]" if available(module).get("hidden") else "logits"
     with _untrained(module, head), SignalTap(module, [name, "logits"]) as tap, torch.enable_grad():
         seen = tap(batch)
@@ -140,7 +144,9 @@ def look(module: nn.Module, batch: Batch, labels: Tensor, terms: Sequence[str]) 
         if head is None:
             return Seen(None, features)
         loss = _cross_entropy(seen["logits"].float(), labels)
-        (gradient,) = torch.autograd.grad(loss, [head.weight])
+        (gradient,) = torch.autograd.grad(loss, [head.weight], allow_unused=True)
+    if gradient is None:
+        raise PlanError.single("search.terms", NO_CLASSIFIER)
     # transformers' Conv1D keeps its weight turned: classes are its outputs
     return Seen(gradient.T if hasattr(head, "nf") else gradient, features)
 
@@ -203,11 +209,13 @@ class Judge:
         return maps_loss(*same_width(own.maps, taught.maps, self.config.widths, self._seed(draw)))
 
 
-def problems_of(module: nn.Module, config: Search) -> list[str]:
-    """Why these terms cannot be had of ``module``."""
-    if "ickd" in config.terms and structure_of(module).head is None:
-        return ['`ickd` needs a linear classifier at the end, and the model has none: give `terms = ["sp"]`']
-    return []
+def problems_of(module: nn.Module, example: Batch, config: Search) -> list[str]:
+    """Why these terms cannot be had of ``module``; two samples of ``example`` are run."""
+    if "ickd" not in config.terms:
+        return []
+    head, outputs = structure_of(module).head, outputs_of(module, example)
+    classes = getattr(head, "out_features", getattr(head, "nf", -1))
+    return [] if outputs and outputs[0].shape[-1] == classes else [NO_CLASSIFIER]
 
 
 def labels_for(outputs: Any, given: Tensor | None) -> Tensor:
@@ -222,12 +230,6 @@ def labels_for(outputs: Any, given: Tensor | None) -> Tensor:
     return found
 
 
-def unfit(error: CompressError) -> str:
-    """An error of a candidate in one line, for its row."""
-    return str(error).replace("\n", " ")
-
-
 __all__ = [
     "Judge", "Score", "Seen", "labels_for", "look", "maps_loss", "problems_of", "redraw", "same_width", "samples_loss",
-    "unfit",
 ]  # fmt: skip
