@@ -219,6 +219,18 @@ def causal_lm(work: Path) -> None:
     (EVIDENCE / "causal-lm-tables.md").write_text(page)  # causal-lm.md says what they mean
 
 
+def weight_only(work: Path) -> None:
+    """Few-bit weights of the small language model: perplexity, size, time and memory. Prints the table."""
+    if not (ROOT / "build/smollm2").is_dir():
+        command([sys.executable, "-m", "examples.smollm2.prepare"])
+    print(command([sys.executable, "-m", "tools.bench_weights", "--work", str(work / "weight-only")]))
+
+
+def floats(work: Path) -> None:
+    """float16, bfloat16 and float8 forms of real files, and what the overflow lint says. Prints the table."""
+    print(command([sys.executable, "-m", "tools.bench_floats", "--work", str(work)]))
+
+
 def grapheme_to_phoneme(work: Path) -> None:
     """Encoder-decoder: a T5 that spells words out in phonemes, and its student with one decoder layer."""
     if not (ROOT / "build/g2p/train.csv").is_file():
@@ -315,6 +327,8 @@ SECTIONS: dict[str, Callable[[Path], None]] = {
     "qat": qat,
     "delta": delta,
     "causal-lm": causal_lm,
+    "weight-only": weight_only,
+    "floats": floats,
     "grapheme-to-phoneme": grapheme_to_phoneme,
     "importance-memory": importance_memory,
     "pruning": pruning,
