@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,11 +109,15 @@ def arms() -> list[Arm]:
     return found
 
 
+class UnmeasuredError(LookupError):
+    """A figure that is not stored, where nothing may be measured."""
+
+
 class Bench:
     """Trains, exports and scores; every number is kept in one JSON file."""
 
-    def __init__(self, work: Path) -> None:
-        self.work, self.path = work, work / "scores.json"
+    def __init__(self, work: Path, *, frozen: bool = False) -> None:
+        self.work, self.path, self.frozen = work, work / "scores.json", frozen
         work.mkdir(parents=True, exist_ok=True)
         self.known: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
         self.teacher = trained_teacher()
@@ -126,6 +131,8 @@ class Bench:
     def value(self, key: str, make: Any) -> Any:
         """A stored figure, or a new one."""
         if key not in self.known:
+            if self.frozen:
+                raise UnmeasuredError(key)
             self.known[key] = make()
             draft = self.path.with_suffix(".part")
             draft.write_text(json.dumps(self.known, indent=1))
@@ -235,11 +242,11 @@ def _run(path: Path, images: Any, *, plain: bool = False) -> Any:
 
 
 ARMS = (
-    "Arms: `ptq` rounds the fp32 student (ranges from 256 calibration images) and trains nothing; `qat labels` trains 5 "
-    "epochs on labels; `qat kd` on labels x 0.5 and the teacher at temperature 2 x 0.5, the defaults of the tool; `qat "
-    "soft` on the teacher alone at temperature 1, as methods Q1 has it. `soft` was added after the results of `kd` were "
-    "known; both are shown. `own teacher`: the fp32 student teaches. `dlt off`: scale and shift, and the direction of "
-    "the hidden states of the fp32 student (Q2).\n"
+    "Arms: `ptq` rounds the fp32 student (ranges from 256 calibration images) and trains nothing; `qat labels` trains "
+    "5 epochs on labels; `qat kd` on labels x 0.5 and the teacher at temperature 2 x 0.5, the defaults of the tool; "
+    "`qat soft` on the teacher alone at temperature 1, as methods Q1 has it. `soft` was added when the results of `kd` "
+    "were known; both are shown. `own teacher`: the fp32 student teaches. `dlt off`: scale and shift, and the "
+    "direction of the hidden states of the fp32 student (Q2).\n"
 )
 CLAIMS = (
     ("ternary qat kd", "ternary qat labels", "teacher and labels beat labels, ternary"),
@@ -261,14 +268,14 @@ def page(bench: Bench, seeds: int, few: int) -> str:
     """The evidence, from what is measured and what has to be."""
     by_name = {arm.name: arm for arm in arms()}
     plain = [bench.plain(seed)["accuracy"] for seed in range(seeds)]
-    scores = {
-        name: [bench.scores(arm, seed) for seed in range(seeds)]
-        for name, arm in by_name.items()
-        if not name.split()[1].startswith("uint")
-    }
+    scores = {}
+    for name, arm in by_name.items():
+        if not name.split()[1].startswith("uint"):
+            with suppress(UnmeasuredError):
+                scores[name] = [bench.scores(arm, seed) for seed in range(seeds)]
     lines = [_head(), ARMS, f"fp32 student: {statistics.fmean(plain):.2f} % ({_seeds(plain)}).\n", "## Claims\n"]
     lines += ["| claim | ours | other | difference | wins | 90 % interval | verdict |", "|---|---|---|---|---|---|---|"]
-    lines += [_claim(scores, *claim) for claim in CLAIMS]
+    lines += [_claim(scores, *claim) for claim in CLAIMS if claim[0] in scores and claim[1] in scores]
     lines += ["\n## Arms\n", "| arm | test accuracy of the exported file | a seed each | file | packed | agreement |"]
     lines += ["|---|---|---|---|---|---|"]
     lines += [_arm(name, found) for name, found in scores.items()]
@@ -323,26 +330,32 @@ def _bits(bench: Bench, by_name: Mapping[str, Arm], few: int) -> list[str]:
     ]
     for activation in ("uint8", "uint16"):
         for bits in BITS:
-            pair = []
-            for kind in ("ptq", "qat kd"):
-                found = [bench.scores(by_name[f"{bits} {activation} {kind}"], seed) for seed in range(few)]
-                pair.append((statistics.fmean(item["accuracy"] for item in found), found[0]["bits"]))
-            (before, size), (after, _) = pair
-            scores = f"{before:.2f} % | {after:.2f} % | {after - before:+.2f}"
-            lines.append(f"| {bits} | {activation} | {size / 8192:.2f} KiB | {scores} |")
+            with suppress(UnmeasuredError):
+                lines.append(_width(bench, by_name, bits, activation, few))
     return lines
+
+
+def _width(bench: Bench, by_name: Mapping[str, Arm], bits: str, activation: str, few: int) -> str:
+    pair = []
+    for kind in ("ptq", "qat kd"):
+        found = [bench.scores(by_name[f"{bits} {activation} {kind}"], seed) for seed in range(few)]
+        pair.append((statistics.fmean(item["accuracy"] for item in found), found[0]["bits"]))
+    (before, size), (after, _) = pair
+    scores = f"{before:.2f} % | {after:.2f} % | {after - before:+.2f}"
+    return f"| {bits} | {activation} | {size / 8192:.2f} KiB | {scores} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--few", type=int, default=2, help="seeds of the table of bits")
+    parser.add_argument("--known", action="store_true", help="write what is stored, measure nothing")
     parser.add_argument("--work", type=Path, default=Path("build/qat"))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if pictures.missing():
         raise SystemExit(pictures.missing())
-    text = page(Bench(options.work), options.seeds, options.few)
+    text = page(Bench(options.work, frozen=options.known), options.seeds, options.few)
     print(text)
     if options.out is not None:
         options.out.write_text(text)
