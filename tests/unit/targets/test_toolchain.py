@@ -29,6 +29,10 @@ def answer(request):
         return {"value": tinychain.VALUE}
     if request["action"] == "paths":
         return {"paths": sys.path, "variable": os.environ.get("PYTHONPATH", "")}
+    if request["action"] == "own":
+        import importlib.util
+        import targets.clock
+        return {"file": targets.clock.__file__, "others": importlib.util.find_spec("pydantic") is not None}
     if request["action"] == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
     if request["action"] == "sleep":
@@ -117,6 +121,12 @@ def test_it_answers_and_is_cut_off_from_our_environment(installed, monkeypatch):
     assert not ours & set(seen["paths"])
     assert str(base) not in seen["paths"]
     assert toolchain.verify("tiny") == ()
+
+
+def test_a_worker_may_consist_of_our_own_modules_but_sees_no_package_beside_them(installed):
+    seen = toolchain.call("tiny", {"action": "own"}, LIMITS, "own")
+    assert Path(seen["file"]).parent == Path(toolchain.__file__).parent
+    assert seen["others"] is False
 
 
 @pytest.mark.parametrize(
