@@ -35,7 +35,7 @@ _SECONDS = 60.0
 _TRANSFER_SECONDS = 1800.0
 _LOADER = "root/lib/ld-linux-aarch64.so.1"
 _LIBRARIES = ("root/lib/aarch64-linux-gnu", "root/usr/lib/aarch64-linux-gnu")
-_NOT_THERE = ("ai_edge_litert", "tests", "test", "__pycache__", "include", "idlelib", "ensurepip", "lib2to3")
+_NOT_THERE = ("tests", "test", "__pycache__", "include", "idlelib", "ensurepip", "lib2to3")
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ class AdbLink(Link):
 
 
 def pack_python(source: Path, archive: Path) -> str:
-    """The tool chain's Python, its libraries, NumPy and ONNX Runtime as a .tar.gz without times; its SHA-256."""
+    """The tool chain's Python, its libraries, NumPy and the runtimes as a .tar.gz without times; its SHA-256."""
     with (
         archive.open("wb") as raw,
         gzip.GzipFile("", "wb", 1, raw, mtime=0) as packed,

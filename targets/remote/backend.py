@@ -15,10 +15,12 @@ from targets.base import Compiled, Missing, Ready, Session, TargetBackend
 from targets.remote.adb import AdbAddress, AdbLink, parse_adb
 from targets.remote.link import Link
 from targets.remote.ssh import Address, SshLink, parse_address
+from targets.static_session import StaticSession
 
 Device = Address | AdbAddress
 
-REMOTE = ("onnxruntime-cpu",)  # targets that the runner on the device speaks
+# Targets that the runner on the device speaks, and the package that it needs there.
+REMOTE = {"onnxruntime-cpu": "onnxruntime", "litert": "ai-edge-litert"}
 
 
 def parse_devices(words: Sequence[str]) -> dict[str, Device]:
@@ -68,6 +70,9 @@ class Attached(TargetBackend):
             return Missing(
                 str(error), f"On the device: {self._address.python or 'python3'} -m pip install onnxruntime numpy"
             )
+        if (package := REMOTE[self.name]) not in facts["versions"]:
+            hint = f"On the device: python3 -m pip install {package} numpy"
+            return Missing(f"{package} is not on {self._address}", hint)
         device = f"{facts['processor']} ({facts['machine']}, {facts['cores']} cores, {self._address.host})"
         return Ready(device, facts["versions"], runs=Origin.MEASURED, attached=True)
 
@@ -86,10 +91,11 @@ class Attached(TargetBackend):
                 "threads": profile.runtime.threads,
                 "level": LEVELS[profile.runtime.graph_level],
                 "arena": profile.runtime.arena,
-                "entries": session_entries(profile),
+                "entries": session_entries(profile) if self.name == "onnxruntime-cpu" else {},
             }
-            link.ask({"action": "open", "path": remote, "settings": settings})
-            yield RemoteSession(link)
+            facts, _ = link.ask({"action": "open", "path": remote, "settings": settings})
+            session = RemoteSession(link)
+            yield FixedSession(compiled.artifact, facts["shapes"], session) if "shapes" in facts else session
 
     @contextmanager
     def _link(self) -> Iterator[Link]:
@@ -130,3 +136,20 @@ class RemoteSession:
         """Time of each of ``count`` runs over there, in ns."""
         facts: dict[str, Any] = self._link.ask({"action": "times", "count": count}, inputs)[0]
         return [int(value) for value in facts["times"]]
+
+
+class FixedSession:
+    """The same for a file of fixed shapes: any batch, any length up to the file's."""
+
+    def __init__(self, artifact: Artifact, shapes: Mapping[str, Sequence[int]], remote: RemoteSession) -> None:
+        self._remote = remote
+        sizes = {name: tuple(shape) for name, shape in shapes.items()}
+        self._static = StaticSession(artifact, sizes, remote.run)
+
+    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Every output by name."""
+        return self._static.run(inputs)
+
+    def times_ns(self, inputs: Mapping[str, Array], count: int) -> Sequence[int]:
+        """Time of each of ``count`` runs over there on one piece of the file's size, in ns."""
+        return self._remote.times_ns(self._static.fitted(inputs), count)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs on the device: Python 3.9 or later, numpy and onnxruntime, nothing else. Requests on stdin, replies on stdout.
+"""Runs on the device: Python 3.9, numpy, and onnxruntime or ai-edge-litert. Requests on stdin, replies on stdout.
 
 A frame is its length (uint64, little endian) and a message: header length (uint32), JSON header, bytes of the arrays.
 Actions: ``hello`` (what device this is), ``missing`` (files that are not here with the right checksum), ``open`` a
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -69,11 +71,21 @@ def processor() -> str:
 
 
 def hello() -> dict[str, Any]:
-    import onnxruntime
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    versions = {"onnxruntime": onnxruntime.__version__, "numpy": np.__version__, "python": platform.python_version()}
+    versions = {"numpy": np.__version__, "python": platform.python_version(), **runtimes()}
     return {"processor": processor(), "machine": platform.machine(), "cores": cores, "versions": versions}
+
+
+def runtimes() -> dict[str, str]:
+    """Versions of the runtimes that are here."""
+    found = {}
+    for module, package in (("onnxruntime", "onnxruntime"), ("ai_edge_litert", "ai-edge-litert")):
+        if importlib.util.find_spec(module) is not None:
+            try:
+                found[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:  # of another name, such as onnxruntime-gpu
+                found[package] = "unknown"
+    return found
 
 
 def missing(files: dict[str, str]) -> dict[str, Any]:
@@ -86,7 +98,29 @@ def missing(files: dict[str, str]) -> dict[str, Any]:
     return {"missing": wrong}
 
 
+class TfliteModel:
+    """A .tflite file in LiteRT, called as a session of ONNX Runtime is. Its shapes are fixed."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        from ai_edge_litert.interpreter import Interpreter
+
+        self.interpreter = Interpreter(model_path=path, num_threads=threads)
+        self.interpreter.allocate_tensors()
+        self.inputs = {item["name"]: item for item in self.interpreter.get_input_details()}
+        places = self.interpreter.get_signature_runner("serving_default").get_output_details()
+        self.places = {name: item["index"] for name, item in places.items()}
+        self.shapes = {name: [int(size) for size in item["shape"]] for name, item in self.inputs.items()}
+
+    def run(self, _: Any, arrays: dict[str, Any]) -> list[Any]:
+        for name, item in self.inputs.items():
+            self.interpreter.set_tensor(item["index"], arrays[name].astype(item["dtype"], copy=False))
+        self.interpreter.invoke()
+        return [self.interpreter.get_tensor(index) for index in self.places.values()]
+
+
 def open_model(path: str, settings: dict[str, Any]) -> Any:
+    if path.endswith(".tflite"):
+        return TfliteModel(path, settings["threads"])
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -132,13 +166,14 @@ def answer(state: dict[str, Any], header: dict[str, Any], arrays: dict[str, Any]
     if action == "memory":
         return memory(), {}
     if action == "open":
-        state["session"] = open_model(header["path"], header["settings"])
-        return {}, {}
+        session = state["session"] = open_model(header["path"], header["settings"])
+        return {"shapes": session.shapes} if isinstance(session, TfliteModel) else {}, {}
     session = state["session"]
     if action == "times":
         return times(session, arrays, header["count"]), {}
     if action == "run":
-        names = [output.name for output in session.get_outputs()]
+        tflite = isinstance(session, TfliteModel)
+        names = list(session.places) if tflite else [output.name for output in session.get_outputs()]
         return {}, dict(zip(names, session.run(None, arrays)))  # noqa: B905  Python 3.9 has no strict=
     raise ValueError("unknown action " + action)
 

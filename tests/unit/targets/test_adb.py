@@ -109,6 +109,21 @@ def test_the_phone_is_measured_by_the_same_loop(phone: tuple[Path, str], artifac
         assert all(value > 0 for value in session.times_ns(inputs, 3))
 
 
+def test_a_tflite_file_runs_in_litert_over_there(phone: tuple[Path, str], artifact: Artifact, tmp_path: Path) -> None:
+    pytest.importorskip("ai_edge_litert", reason="LiteRT is an extra")
+    profile = load_profile("pixel-8")
+    target = attach(registry.get("litert"), profile, parse_devices([f"pixel-8={phone[1]}"]))
+    ready = target.probe()
+    assert isinstance(ready, Ready), ready
+    assert "ai-edge-litert" in ready.versions
+    compiled = target.compile(artifact, profile, tmp_path / "out")
+    inputs = {"x": np.arange(12, dtype=np.float32).reshape(3, 4)}  # the file takes one row
+    with target.open(compiled, profile) as session:
+        np.testing.assert_allclose(session.run(inputs)["y"], inputs["x"][:, :3], rtol=1e-6)
+        assert isinstance(session, SelfTimed)
+        assert len(session.times_ns(inputs, 2)) == 2
+
+
 def test_files_are_checked_and_a_lost_phone_is_an_error_of_its_own(phone: tuple[Path, str], artifact: Artifact) -> None:
     tools, address = phone
     with AdbLink(parse_adb(address)) as link:

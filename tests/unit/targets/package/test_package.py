@@ -24,6 +24,7 @@ from compressor.errors import CompileError, ConfigError
 from compressor.types import Unavailable
 from targets.outcome import ProfileOutcome, RunSummary
 from targets.package import Manifest, PackageInfo, infer, load_info, unpack, write_package
+from targets.package.archive import files_of
 from targets.package.sbom import licences
 
 Case = tuple[ProfileOutcome, RunSummary, PackageInfo]
@@ -277,8 +278,9 @@ def test_unpacking_gives_the_folder_back(pictures: Case, build: Build, tmp_path:
     archive = build(pictures)
     folder = unpack(archive, tmp_path / "there")
     packed = archive.with_suffix("")
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
-        path.name: path.read_bytes() for path in packed.iterdir()
+    found, wanted = files_of(folder), files_of(packed)
+    assert {name: path.read_bytes() for name, path in found.items()} == {
+        name: path.read_bytes() for name, path in wanted.items()
     }
     with pytest.raises(ConfigError, match="already there"):
         unpack(archive, tmp_path / "there")
