@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from compressor.errors import TargetUnavailable
+from compressor.errors import CompileError, TargetUnavailable
 from targets import toolchain
 from targets.package.manifest import Manifest
 from targets.package.verify import Check, Verdict
@@ -65,7 +65,10 @@ def _installed_library() -> Sequence[Path]:
 
 
 def build_cpp(folder: Path, out: Path, *, build_type: str = "Release") -> Path:
-    """Build the C++ sample of a package ``folder`` in ``out``; the program. Raises :class:`TargetUnavailable`."""
+    """Build the C++ sample of a package ``folder`` in ``out``; the program.
+
+    Raises :class:`TargetUnavailable` without the tools, :class:`CompileError` when they refuse the sources.
+    """
     sdk, cmake = find_sdk(), shutil.which("cmake")
     if cmake is None or shutil.which("c++") is None:
         raise TargetUnavailable("CMake or a C++ compiler is not here", hint="Debian: apt install cmake g++")
@@ -84,9 +87,7 @@ def build_cpp(folder: Path, out: Path, *, build_type: str = "Release") -> Path:
     for command in ([cmake, "-S", str(folder / "cpp"), "-B", str(build), *definitions], [cmake, "--build", str(build)]):
         done = _run(command, folder, _BUILD_SECONDS)
         if done.returncode:
-            raise TargetUnavailable(
-                f"the C++ sample was not built: {_tail(done)}", hint="See the compiler's words above."
-            )
+            raise CompileError(f"the C++ sample was not built: {_tail(done)}")
     return build / "infer"
 
 
@@ -98,6 +99,8 @@ def check_cpp(folder: Path) -> Check:
             program = build_cpp(folder, Path(scratch))
         except TargetUnavailable as error:
             return Check(name, Verdict.NOT_HERE, f"{error} ({error.hint})")
+        except CompileError as error:
+            return Check(name, Verdict.FAILED, str(error))
         done = _run([str(program), "--self-check", "--data", str(folder / "cpp" / "data")], folder, _RUN_SECONDS)
     passed = done.returncode == 0
     return Check(name, Verdict.PASSED if passed else Verdict.FAILED, f"built and run here: {_tail(done)}")

@@ -7,6 +7,7 @@ the shell of Android 7 and later. Tested on a double of ``adb`` that runs comman
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import os
@@ -222,7 +223,8 @@ class AdbLink(Link):
             return DeviceLost(f"the connection to {self} was lost", hint=RESUMES)
         said = ""
         if self._process is not None and self._complaints is not None:
-            self._process.wait(5)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(5)
             self._complaints.seek(0)
             said = self._complaints.read().decode("utf-8", "replace").strip()
         end = said.splitlines()[-1] if said else "it said nothing"
