@@ -256,12 +256,8 @@ def searches(work: Path) -> None:
     """Do DisWOT's score and a super-net's loss rank students as training them does? Goes on where it was stopped."""
     made = work / "searches" / "page.md"
     command([sys.executable, "-m", "tools.bench_searches", "--work", str(work / "searches"), "--page", str(made)])
-    page = (
-        "# Searches for a student: do their proxies rank as training does?\n\n"
-        "`python -m tools.bench searches`, one thread. Networks, data and steps are tiny (`tools/bench_searches.py`): "
-        "signs count more than sizes.\n\n"
-    )
-    (EVIDENCE / "searches.md").write_text(page + made.read_text())
+    page = "# Searches for a student: the tables\n\n`python -m tools.bench searches`, one thread.\n\n"
+    (EVIDENCE / "searches-tables.md").write_text(page + made.read_text())  # searches.md says what they mean
 
 
 def pruning(work: Path) -> None:
