@@ -226,6 +226,10 @@ def _trained(make: Callable[[], nn.Module], seed: int) -> float:
     return train(make(), seed)
 
 
+def _key(name: str, how: Results, seed: int) -> str:
+    return f"rival/{name}/{how['ratio']}/{how['round_to']}/{seed}" if "ratio" in how else f"rival/{name}/{seed}"
+
+
 def rival(path: Path, wish: Results) -> None:
     """Five seeds of ours against Torch-Pruning's networks of the same latency."""
     first = ours(0, wish)
@@ -237,12 +241,12 @@ def rival(path: Path, wish: Results) -> None:
         kept(path, f"rival/ours/{seed}", partial(_trained, partial(ours, seed, wish), seed))
         for name, how in kinds.items():
             settings = how["ratio"], how["round_to"], how["everywhere"], how["method"]
-            kept(path, f"rival/{name}/{seed}", partial(_trained, partial(theirs, *settings, seed), seed))
+            kept(path, _key(name, how, seed), partial(_trained, partial(theirs, *settings, seed), seed))
     print("| tool | MACs | p50 | accuracy on test, seeds 0-4 | mean | ours higher |\n|---|---|---|---|---|---|")
     own = [100 * kept(path, f"rival/ours/{seed}", lambda: None) for seed in SEEDS]
     for name in ("ours", *kinds):
-        scores = [100 * kept(path, f"rival/{name}/{seed}", lambda: None) for seed in SEEDS]
         how = kinds.get(name, {"macs": macs[1], "ms": next(iter(kinds.values()))["ours_ms"]})
+        scores = [100 * kept(path, _key(name, how, seed), lambda: None) for seed in SEEDS]
         wins = sum(a > b for a, b in zip(own, scores, strict=True))
         print(
             f"| {name} | {how['macs'] / 1e6:.2f} M | {how['ms']:.3f} ms | {', '.join(f'{s:.2f}' for s in scores)} | "
@@ -250,7 +254,7 @@ def rival(path: Path, wish: Results) -> None:
         )
 
 
-WISH: Results = {"layers": 2, "scope": "latency", "target_speedup": 3.5, "importance": "taylor"}
+WISH: Results = {"layers": 1, "scope": "latency", "target_speedup": 4.2, "importance": "activation"}
 
 
 def main() -> None:
