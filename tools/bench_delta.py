@@ -3,8 +3,8 @@
     python -m tools.bench_delta --work FOLDER [--share 2 5 10 20]
 
 BASE is the fine-tuned classifier with the encoder of ``build/minilm-l6`` in place of its own (the head stays: it has
-nothing to be compared with); NEW is ``build/movie-teacher``. Both are exported in the same way; ``delta make`` and ``delta apply`` are the user's own
-commands. Prints a table: size, error of the change, accuracy on the test sentences.
+nothing to be compared with); NEW is ``build/movie-teacher``. Both are exported in the same way; ``delta make`` and
+``delta apply`` are the user's own commands. Prints a table: size, error of the change, accuracy on the test sentences.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def batches(tokenizer: Any, limit: int | None) -> Iterator[tuple[dict[str, np.nd
     for start in range(0, len(rows), BATCH):
         part = rows[start : start + BATCH]
         found = tokenizer([row["text"] for row in part], padding=True, truncation=True, max_length=LONGEST)
-        yield {name: np.array(value, np.int64) for name, value in found.items()}, [LABELS.index(row["label"]) for row in part]
+        labels = [LABELS.index(row["label"]) for row in part]
+        yield {name: np.array(value, np.int64) for name, value in found.items()}, labels
 
 
 def accuracy(path: Path, tokenizer: Any, limit: int | None) -> float:
