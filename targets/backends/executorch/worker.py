@@ -129,7 +129,7 @@ def _run(inputs: Path, outputs: Path) -> dict[str, Any]:
         for start in range(0, len(given[name]), size)
     ]
     with outputs.open("wb") as stream:
-        np.savez(stream, **{key: np.concatenate([piece[key] for piece in found]) for key in _loaded["outputs"]})
+        np.savez(stream, **{key: np.concatenate([piece[key] for piece in found]) for key in _loaded["outputs"]})  # type: ignore[arg-type]
     return {"pieces": len(found)}
 
 

@@ -15,6 +15,7 @@ pytest.importorskip("tokenizers")
 from tokenizers import Tokenizer  # noqa: E402
 
 from compressor.data import load_data, read_raw  # noqa: E402
+from compressor.data.surfaces import byte_alphabet, vocabulary_of, words  # noqa: E402
 from compressor.errors import PlanError  # noqa: E402
 from compressor.models import load_model  # noqa: E402
 from compressor.models.omp import pursue  # noqa: E402
@@ -23,7 +24,6 @@ from compressor.models.vocabulary import table_parameters  # noqa: E402
 from compressor.plan import recipe_problems  # noqa: E402
 from compressor.recipe import DataConfig, Recipe, StudentStage, TeacherConfig  # noqa: E402
 from compressor.students import make_student  # noqa: E402
-from compressor.data.surfaces import byte_alphabet, vocabulary_of, words  # noqa: E402
 from compressor.students.transplant import Pair, settle, start_rows, transplant  # noqa: E402
 from tests.unit.students.test_tokenizer import byte_level, texts, wordpiece  # noqa: E402
 from tests.unit.students.test_vocabulary import checkpoint, write  # noqa: E402
