@@ -17,6 +17,12 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
+    @property
+    def changed(self) -> frozenset[str]:
+        """Keys whose values are not the defaults; unlike ``model_fields_set`` it survives writing and reading."""
+        fields = type(self).model_fields.items()
+        return frozenset(name for name, field in fields if getattr(self, name) != field.get_default())
+
 
 Model = TypeVar("Model", bound=BaseModel)
 

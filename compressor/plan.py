@@ -231,7 +231,7 @@ def _masks(stage: DistilStage) -> str:
 def _student(stage: StudentStage) -> str:
     if stage.search is None:
         return _settings(stage)
-    fixed = set(stage.model_fields_set) - {"kind", "search"}
+    fixed = stage.changed - {"kind", "search"}
     return stage.search.shown + (f"; {_settings(stage)}" if fixed else "")
 
 

@@ -205,7 +205,7 @@ class StudentStage(Frozen):
     @property
     def drops_only(self) -> bool:
         """Does the stage drop tokens and do nothing else?"""
-        return bool(self.drop_tokens) and self.model_fields_set <= {"kind", "drop_tokens", "token_score"}
+        return bool(self.drop_tokens) and self.changed <= {"kind", "drop_tokens", "token_score"}
 
     @model_validator(mode="after")
     def _chosen_or_given(self) -> StudentStage:
@@ -229,7 +229,7 @@ class StudentStage(Frozen):
     def _goes_together(self) -> StudentStage:
         if self.vocabulary is None and (self.keep_tokens is not None or self.extra_corpus is not None):
             raise ValueError('`keep_tokens` and `extra_corpus` need `vocabulary = "corpus"`')
-        if self.tokenizer is None and {"transplant", "atoms", "mixed_steps", "mixed_share"} & self.model_fields_set:
+        if self.tokenizer is None and {"transplant", "atoms", "mixed_steps", "mixed_share"} & self.changed:
             raise ValueError("`transplant`, `atoms` and `mixed_...` need `tokenizer`")
         if self.tokenizer is not None and self.vocabulary is not None:
             raise ValueError("`tokenizer` and `vocabulary` do not go together")

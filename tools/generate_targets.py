@@ -154,8 +154,8 @@ def page(found: dict[str, dict[str, object]]) -> str:
         "Every group of operators below was compiled by every target that could be installed here, float and int8",
         "(QDQ by the rules of its profile), run where it runs, and compared with ONNX Runtime on the same file.",
         "`measured`, `simulated`: it ran and agreed; `compiled`: the compiler took it and it cannot run here;",
-        "`not placed`: none of it runs on the accelerator; `refused` and `differs` have a note; `not examined`: the run "
-        "was stopped.",
+        "`not placed`: none of it runs on the accelerator; `refused` and `differs` have a note; `not examined`: the "
+        "run was stopped.",
         "",
     ]
     for precision in ("float", "int8"):
