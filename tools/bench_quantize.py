@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import io
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ def make_files(model: Path, data: Data, words: argparse.Namespace) -> None:
             record[name] = {"file": path.name, "seconds": time.monotonic() - began, "bytes": path.stat().st_size}
         except (CompressError, Exception) as error:  # noqa: BLE001 - another project's fault is a row of the table
             record[name] = {"reason": f"{type(error).__name__}: {error}"[:300]}
-        print(f"{name}: {record[name]}", flush=True)
+        print(f"{name}: {record[name]}", file=sys.stderr, flush=True)
         keep(words.work / "files.json", record)
 
 
@@ -165,7 +166,7 @@ def score(model: Path, data: Data, work: Path) -> None:
         except Exception as error:  # noqa: BLE001 - a file that stock ONNX Runtime refuses is a row of the table
             row = {"reason": f"{type(error).__name__}: {error}"[:300]}
         record[name] = row
-        print(f"{name}: {row}", flush=True)
+        print(f"{name}: {row}", file=sys.stderr, flush=True)
         keep(work / "scores.json", record)
 
 
