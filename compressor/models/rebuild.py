@@ -55,7 +55,7 @@ def replay(module: nn.Module, record: Record) -> nn.Module:
 
     Raises :class:`StageError` when a step does not fit the module (the record belongs to another teacher).
     """
-    if record and record[0]["op"] == "factory":
+    if record and record[0].get("op") == "factory":
         from compressor.models.factory import remake
 
         student, record = remake(module, record[0]["arguments"]), record[1:]

@@ -31,6 +31,7 @@ LANGUAGE = {"X1", "X3", "X4", "X14", "X17"}
 # tested where their files, groups or generations are: two tokenizers, both answers, ranking, domains, rounds
 ELSEWHERE = {
     *("X2", "X6", "T5", "T10", "R1c", "alm", "uld", "distillm2", "K6", "T6", "U1", "K1", "N1", "N2"),
+    *("vocab-match", "vocab-map"),
     *("adaptive-margin", "additive-margin", "margin-mse", "label-embedding", "homomorphic-projection", "layerwise"),
 }
 RECIPES = {row.id: row.text for row in catalogue.rows() if row.recipe} | {
