@@ -295,28 +295,33 @@ def _undisturbed(track: _Track, kinds: Kinds) -> dict[Hashable, float]:
     return {kind: percentiles(levels, (5,))[0] for kind, levels in turns.items()}
 
 
+def _counted(track: _Track) -> list[float]:
+    """Single runs in ms: those that nothing preempted, or all where fewer than one a round went undisturbed."""
+    return [value / 1e6 for value in (track.clean if len(track.clean) >= len(track.levels) else track.every)]
+
+
 def _fastest_ms(track: _Track) -> float:
     return percentiles([value / 1e6 for value in track.clean or track.every], (1,))[0]
 
 
 def _timing(track: _Track, reference: _Track, kinds: Kinds, settings: Settings) -> Timing:
-    clean = [value / 1e6 for value in track.clean or track.every]
+    counted = _counted(track)
     levels = [value / 1e6 for value in track.levels]
     ratios = _quiet_ratios(reference, track, kinds, settings)
     low, high = median_interval(levels)
     ratio_low, ratio_high = median_interval(ratios)
-    p90, p95, p99 = percentiles(clean, (90, 95, 99))
+    p90, p95, p99 = percentiles(counted, (90, 95, 99))
     fastest = _fastest_ms(track)
     return Timing(
         p50_ms=median(levels),
         p90_ms=p90,
         p95_ms=p95,
         p99_ms=p99,
-        mean_ms=sum(clean) / len(clean),
+        mean_ms=sum(counted) / len(counted),
         ci95_low_ms=low,
         ci95_high_ms=high,
         rounds=len(levels),
-        samples=len(clean),
+        samples=len(counted),
         preempted_share=1 - len(track.clean) / len(track.every),
         p99_all_ms=percentiles([value / 1e6 for value in track.every], (99,))[0],
         ratio=median(ratios),

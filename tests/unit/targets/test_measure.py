@@ -90,6 +90,16 @@ def test_a_turn_without_a_clean_run_counts_with_its_fastest():
     assert measured.timings["a"].preempted_share == 1.0
 
 
+def test_a_few_clean_runs_do_not_stand_for_all():
+    """Percentiles of two lucky runs would lie below the median of the rounds."""
+    clock = FakeClock()
+    calls = iter(range(10**6))
+    model = clock.model(5.0, preempted=lambda: next(calls) % 50 != 0, delay_ms=12.0)
+    found = measure({"a": model}, "a", settings=NORMAL, clock=clock).timings["a"]
+    assert found.preempted_share > 0.9
+    assert found.p50_ms <= found.p95_ms <= found.p99_ms
+
+
 def test_all_candidates_of_a_round_run_the_same_input_so_lengths_cancel_out():
     clock = FakeClock()
     seen = {"teacher": [], "student": []}
