@@ -66,5 +66,5 @@ def nodes(artifacts: dict[str, Any], shipped: str) -> str:
         left = [fact["layer"] for fact in facts if fact["action"] == "left-float"]
         return f"{count} in int8" + (f", in float {', '.join(f'`{layer}`' for layer in left[:3])}" if left else "")
     ranked = [fact for item in artifacts.values() for fact in item["facts"] if fact["stage"] == "sensitivity"]
-    told = [f"`{fact['layer']}` ({fact['reason'].split(': ')[1].split(' at')[0]})" for fact in ranked[:3]]
+    told = [f"`{fact['layer'].split(';')[0]}` ({fact['reason'].split(': ')[1].split(' at')[0]})" for fact in ranked[:3]]
     return ", ".join(told) or "not ranked"
