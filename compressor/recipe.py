@@ -375,6 +375,13 @@ class Recipe(Frozen):
     null_twin: bool = True  # the same student trained with labels only; the report shows both
     stage: tuple[Stage, ...] = ()
 
+    def student_with(self, key: str) -> tuple[str, StudentStage] | None:
+        """The student stage that gives ``key``, and its name in messages."""
+        for position, stage in enumerate(self.stage):
+            if isinstance(stage, StudentStage) and getattr(stage, key) is not None:
+                return f"stage.{position}.{stage.kind}", stage
+        return None
+
 
 def load_recipe(path: Path) -> Recipe:
     """Read and validate a recipe; relative paths in it are relative to the current folder, as on the command line."""

@@ -55,9 +55,7 @@ def _training_warnings(recipe: Recipe, model: LoadedModel) -> list[str]:
 
 def _tokenizer_notes(recipe: Recipe, model: LoadedModel) -> list[str]:
     """What another tokenizer means for teaching and for scores."""
-    from compressor.students.transplant import transplant_stage
-
-    if transplant_stage(recipe) is None:
+    if recipe.student_with("tokenizer") is None:
         return []
     found = []
     if any(item.use for stage in recipe.stage if isinstance(stage, DistilStage) for item in stage.objective):

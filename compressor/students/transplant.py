@@ -43,21 +43,13 @@ class Transplanted:
     text: str
 
 
-def transplant_stage(recipe: Recipe) -> tuple[str, StudentStage] | None:
-    """The student stage that asks for another tokenizer, and its name in messages."""
-    for position, stage in enumerate(recipe.stage):
-        if isinstance(stage, StudentStage) and stage.tokenizer is not None:
-            return f"stage.{position}.{stage.kind}", stage
-    return None
-
-
 def transplant(model: LoadedModel, data: DataBundle, raw: RawData, recipe: Recipe) -> Transplanted | None:
     """Model and data under another tokenizer; None when no stage asks for it.
 
     Raises:
         PlanError: the model reads no texts, or the tokenizer cannot be read or shares no token with the model's own.
     """
-    asked = transplant_stage(recipe)
+    asked = recipe.student_with("tokenizer")
     if asked is None:
         return None
     where, stage = asked
@@ -267,4 +259,4 @@ def _pursued(pair: Pair, original: LoadedModel, stage: StudentStage, rows: dict[
     return f"matching pursuit, {found.atoms.shape[1]} atoms; {float(left.mean()):.0%} of a token's norm left on average"
 
 
-__all__ = ["Pair", "Transplanted", "settle", "settled_rows", "start_rows", "texts_of", "transplant", "transplant_stage"]
+__all__ = ["Pair", "Transplanted", "settle", "settled_rows", "start_rows", "texts_of", "transplant"]

@@ -40,14 +40,6 @@ class Trimmed:
     keep: Array
 
 
-def vocabulary_stage(recipe: Recipe) -> tuple[str, StudentStage] | None:
-    """The student stage that asks for a smaller vocabulary, and its name in messages."""
-    for position, stage in enumerate(recipe.stage):
-        if isinstance(stage, StudentStage) and stage.vocabulary is not None:
-            return f"stage.{position}.{stage.kind}", stage
-    return None
-
-
 def trim(model: LoadedModel, data: DataBundle, raw: RawData, recipe: Recipe) -> Trimmed | None:
     """Model and data in the ids of the corpus's vocabulary; None when no stage asks for it.
 
@@ -55,7 +47,7 @@ def trim(model: LoadedModel, data: DataBundle, raw: RawData, recipe: Recipe) -> 
         PlanError: the model is no transformers model of texts, its tokenizer cannot be trimmed, ``keep_tokens`` is too
             small or nothing would go.
     """
-    asked = vocabulary_stage(recipe)
+    asked = recipe.student_with("vocabulary")
     if asked is None:
         return None
     where, stage = asked
@@ -188,4 +180,4 @@ def _told(
     return f"{text}; {share:.1f} % of the validation tokens stand in no other part (so much is new in new text)"
 
 
-__all__ = ["Trimmed", "digest_with", "outputs_over", "token_counts", "trim", "unchanged", "vocabulary_stage"]
+__all__ = ["Trimmed", "digest_with", "outputs_over", "token_counts", "trim", "unchanged"]
