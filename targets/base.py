@@ -33,6 +33,9 @@ class Missing:
     hint: str
 
 
+UNQUANTIZED = "the file is not quantized"  # reason of a node in which nothing was to be integer
+
+
 @dataclass(frozen=True)
 class NodeFact:
     """One node of the graph that the runtime really runs."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from targets.base import Coverage, NodeFact
+from targets.base import UNQUANTIZED, Coverage, NodeFact
 
 # Integer kernels of ONNX Runtime's CPU provider for weighted nodes (docs/ContribOperators.md and the ONNX standard).
 QUANTIZED = frozenset(
@@ -137,7 +137,7 @@ def _left(node: Any, scope: _Scope, quantized_file: bool) -> NodeFact:
 
 def _why_float(node: Any, scope: _Scope, quantized_file: bool) -> str:
     if not quantized_file:
-        return "the file is not quantized"
+        return UNQUANTIZED
     if node.op_type in {"Attention", "MultiHeadAttention", "PackedAttention", "LSTM", "GRU", "RNN"}:
         return f"{node.op_type} has no quantized form in this file"
     activation, weight = node.input[0], node.input[1] if len(node.input) > 1 else ""

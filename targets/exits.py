@@ -12,6 +12,7 @@ from targets.outcome import Row
 
 EXIT = "exit"  # output: the number of the exit that a sample took
 THRESHOLD = "exit threshold"  # in the scheme of such a file
+EXITS = "exits"  # in its scheme as well: how many it has
 STATISTIC = "statistic"  # in a latency's detail, where it is not the median
 LEFT = "left at exit "  # in a score's detail: shares
 
@@ -59,9 +60,9 @@ def sentence(row: Row) -> str:
             else {}
         )
         if found:
-            told.append(
-                f"{split}: " + ", ".join(f"{100 * float(part):.1f} % {name}" for name, part in sorted(found.items()))
-            )
+            end = f"{LEFT}{row.artifact.scheme.get(EXITS)}"
+            words = {name: "went to the end" if name == end else name for name in sorted(found)}
+            told.append(f"{split}: " + ", ".join(f"{100 * float(found[name]):.1f} % {words[name]}" for name in words))
     if isinstance(row.latency, Measurement) and row.latency.detail.get(STATISTIC) == "mean":
         detail = row.latency.detail
         parts = (("mean", row.latency.value), ("p50", detail["p50"]), ("p95", detail["p95"]))

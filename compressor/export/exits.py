@@ -8,7 +8,7 @@ Works on any ONNX file, quantized ones included. Neither torch nor training is n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,7 +87,8 @@ def confidence(logits: np.ndarray) -> np.ndarray:
 
 def _parts(graph: GraphProto, order: Sequence[str]) -> _Parts:
     """Nodes by the first exit that needs them, in their order; weights where the first of their readers is."""
-    makers = {name: node for node in graph.node for name in node.output}
+    found = _own_dequantize(graph.node)
+    makers = {name: node for node in found for name in node.output}
     level: dict[int, int] = {}
     for number, output in enumerate(order):
         pending = [output]
@@ -98,7 +99,7 @@ def _parts(graph: GraphProto, order: Sequence[str]) -> _Parts:
                 pending += _reads(node)
     nodes: list[list[NodeProto]] = [[] for _ in order]
     readers: dict[str, int] = {}
-    for node in graph.node:
+    for node in found:
         if (number := level.get(id(node), -1)) >= 0:
             nodes[number].append(node)
             for name in _reads(node):
@@ -108,6 +109,32 @@ def _parts(graph: GraphProto, order: Sequence[str]) -> _Parts:
         if tensor.name in readers:
             weights[readers[tensor.name]].append(tensor)
     return _Parts(nodes, weights)
+
+
+def _own_dequantize(nodes: Iterable[NodeProto]) -> list[NodeProto]:
+    """``nodes`` with a DequantizeLinear for every reader of one.
+
+    A runtime makes an integer kernel of a layer only with the pairs around it in the same graph: what is read on both
+    sides of an exit crosses it as integers, and is dequantized again behind it.
+    """
+    dequantize = {node.output[0]: node for node in nodes if node.op_type == "DequantizeLinear"}
+    readers: dict[str, int] = {}
+    made: list[NodeProto] = []
+    for node in nodes:
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        for place, name in enumerate(copy.input):
+            if (maker := dequantize.get(name)) is None:
+                continue
+            count = readers[name] = readers.get(name, 0) + 1
+            if count > 1:
+                own = NodeProto()
+                own.CopyFrom(maker)
+                own.name, own.output[0] = f"{maker.name}_{count}", f"{name}_{count}"
+                made.append(own)
+                copy.input[place] = own.output[0]
+        made.append(copy)
+    return made
 
 
 def _reads(node: NodeProto) -> list[str]:

@@ -20,6 +20,7 @@ from compressor.types import Array, Artifact, LayerFact, TensorSpec, file_digest
 CANDIDATES = 200  # thresholds that are tried: quantiles of the exits' confidences
 SUFFIX = "early-exit"
 THRESHOLD = "exit threshold"  # in the artifact's scheme
+EXITS = "exits"  # in it as well: how many the file has
 PREFIX = "exit_"
 
 
@@ -67,14 +68,20 @@ def _made(run: Run, wanted: EarlyExit, artifact: Artifact, teacher: Artifact | N
         names = [spec.name for spec in artifact.outputs if spec.name.startswith(PREFIX)]
         scorer = Scorer(run, teacher or artifact)
         choice = _choice(wanted, drop, scorer, scorer.all_outputs(artifact), names)
-        save_model(early_exit(read_model(artifact.path), names, choice.threshold), folder / MODEL_FILE)
+        taken = [name for name, share in zip(names, choice.shares, strict=False) if share]  # others would only cost
+        if not taken:
+            raise StageError(
+                f"at {choice.threshold:.4f} no sample of validation leaves early", hint="Give a lower `threshold`."
+            )
+        save_model(early_exit(read_model(artifact.path), taken, choice.threshold), folder / MODEL_FILE)
         shares = dict(zip([*names, "the end"], choice.shares, strict=True))
         (folder / "choice.json").write_text(json.dumps({**vars(choice), "shares": shares}, indent=1))
         facts = tuple(
             LayerFact("exits", name, "kept", "output", f"{share:.1%} of validation", f"sure by {choice.threshold:.4f}")
             for name, share in shares.items()
         )
-        return StageOutput({"threshold": choice.threshold, "validation": round(choice.score, 6)}, facts)
+        metrics = {"threshold": choice.threshold, "validation": round(choice.score, 6), "exits": len(taken)}
+        return StageOutput(metrics, facts)
 
     name = f"{artifact.name}-{SUFFIX}"
     result = run.ledger.stage(f"exits-{artifact.name.rpartition('/')[2]}", key, work)
@@ -87,7 +94,11 @@ def _made(run: Run, wanted: EarlyExit, artifact: Artifact, teacher: Artifact | N
         precision=f"{artifact.precision}-{SUFFIX}",
         outputs=(first, TensorSpec(EXIT, "int64", first.shape[:1])),
         digest=file_digest(path),
-        scheme={**artifact.scheme, THRESHOLD: f"{float(result.metrics['threshold']):.6g}"},
+        scheme={
+            **artifact.scheme,
+            THRESHOLD: f"{float(result.metrics['threshold']):.6g}",
+            EXITS: str(int(result.metrics["exits"])),
+        },
         facts=(*artifact.facts, *result.facts),
     )
 

@@ -19,7 +19,7 @@ from targets.report.compare import size_ratio, twin_verdicts
 from targets.report.facts import fact_groups
 from targets.report.picture import Picture, draw, kind_of
 from targets.report.seeds import SEED_HEADERS, seed_rows, seed_sentences
-from targets.report.table import coverage_text, drop_text, latency_text
+from targets.report.table import coverage_text, drop_text, explained_floats, latency_text
 
 WIDE_PX, NARROW_PX = (920.0, 470.0), (380.0, 440.0)
 
@@ -96,7 +96,7 @@ def _profile(index: int, outcome: ProfileOutcome, metric: str) -> dict[str, Any]
         "rows": rows,
         "reasons": notes.reasons,
         "promise": _promise(outcome, metric),
-        "floats": [(row.artifact.name, row.coverage.left_float) for row in outcome.rows if row.coverage],
+        "floats": [(row.artifact.name, explained_floats(row)) for row in outcome.rows],
         "fallbacks": [
             (row.artifact.name, row.compiled.placed, row.compiled.fallback)
             for row in outcome.rows

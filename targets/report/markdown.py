@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from targets.outcome import ProfileOutcome, RunSummary
+from targets.outcome import ProfileOutcome, Row, RunSummary
 from targets.report import figures
 from targets.report.compare import twin_verdicts
 from targets.report.facts import fact_groups
 from targets.report.seeds import SEED_HEADERS, seed_rows, seed_sentences
-from targets.report.table import HEADERS, headline, profile_rows
+from targets.report.table import HEADERS, explained_floats, headline, profile_rows
 
 
 def to_markdown(summary: RunSummary) -> str:
@@ -45,10 +45,21 @@ def _profile(outcome: ProfileOutcome, summary: RunSummary) -> list[str]:
     cells = [row[1:] for row in profile_rows(outcome, summary.metric)]
     lines += markdown_table(HEADERS[1:], cells)
     for row in outcome.rows:
-        floats = row.coverage.left_float if row.coverage is not None else ()
-        reasons = "; ".join(f"{fact.name} ({fact.operator}): {fact.reason or 'not stated'}" for fact in floats)
-        lines += ["", f"Left float in {escape(row.artifact.name)}: {escape(reasons)}."] if reasons else []
+        lines += _left_float(row)
     return lines + [line for note in outcome.notes for line in ("", escape(note))]
+
+
+def _left_float(row: Row) -> list[str]:
+    """One line for each reason: in a transformer dozens of nodes share one."""
+    nodes: dict[str, list[str]] = {}
+    for fact in explained_floats(row):
+        nodes.setdefault(fact.reason or "not stated", []).append(f"{fact.name} ({fact.operator})")
+    name = escape(row.artifact.name)
+    return [
+        line
+        for reason, found in nodes.items()
+        for line in ("", f"Left float in {name}, {escape(reason)}: {escape(', '.join(found))}.")
+    ]
 
 
 def _twins(summary: RunSummary) -> list[str]:

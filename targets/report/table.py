@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from compressor.types import Figure, Measurement, Unavailable
+from targets.base import UNQUANTIZED, NodeFact
 from targets.outcome import ProfileOutcome, Row, RunSummary
 from targets.report import figures
 from targets.report.compare import drop, size_ratio
@@ -96,6 +97,12 @@ def origin_text(figure: Figure) -> str:
     if isinstance(figure, Measurement):
         return f"{figure.origin.value} on {figure.device}"
     return figures.unavailable(figure)
+
+
+def explained_floats(row: Row) -> tuple[NodeFact, ...]:
+    """What stayed float and needs a reason: not the nodes of a file in which nothing was to be quantized."""
+    facts = row.coverage.left_float if row.coverage is not None else ()
+    return tuple(fact for fact in facts if fact.reason != UNQUANTIZED)
 
 
 def coverage_text(row: Row) -> str:

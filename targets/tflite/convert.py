@@ -20,7 +20,7 @@ import numpy as np
 
 from compressor.errors import CompileError
 from compressor.types import Array
-from targets.base import Coverage, NodeFact
+from targets.base import UNQUANTIZED, Coverage, NodeFact
 from targets.static_graph import DEQUANTIZE, QUANTIZE, Graph, Node
 from targets.tflite.builder import Builder, Operation, Quantization, Tensor
 
@@ -88,7 +88,7 @@ def coverage(operations: Sequence[Operation]) -> Coverage:
     """Of the convolutions and products, how many run int8 (hybrid ones count: their kernel multiplies int8)."""
     products = [operation for operation in operations if operation.operator in PRODUCTS]
     quantized_file = any("int8" in {tensor.type for tensor in operation.inputs} for operation in operations)
-    why = "its weight or activation is not quantized in the file" if quantized_file else "the file is not quantized"
+    why = "its weight or activation is not quantized in the file" if quantized_file else UNQUANTIZED
     left = tuple(
         NodeFact(operation.outputs[0].name, operation.operator, False, why)
         for operation in products

@@ -16,12 +16,16 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 from torch import Tensor
 
 from compressor.errors import CompileError
+from targets.base import UNQUANTIZED
 from targets.static_graph import DEQUANTIZE, QUANTIZE, Graph, Node
 
 _decomposed = torch.ops.quantized_decomposed
 _LOW, _HIGH = -128, 127
 _SMALLEST_SCALE = float(np.finfo(np.float32).eps)  # PT2E's own for dynamic quantization
-PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
+CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
+PRODUCTS = CONVOLUTIONS | {"Gemm", "MatMul"}
+# They move values or pick among them, so that rounding before is rounding after. XNNPACK's have one scale for all ends.
+_MOVING = frozenset({"Concat", "Flatten", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 
 
 class OnnxModule(torch.nn.Module):  # type: ignore[misc]
@@ -74,7 +78,7 @@ class OnnxModule(torch.nn.Module):  # type: ignore[misc]
             shape[int(self.weights[name].attributes.get("axis", 1)) % array.ndim if count > 1 else 0] = count
             array = (_as_int8(array, True) - zero.reshape(shape)) * scale.reshape(shape)
             array = array.astype(np.float32)
-        if node.operator == "Conv" or array.ndim != 2:
+        if node.operator in CONVOLUTIONS or array.ndim != 2:
             if array.dtype == np.float32 and name in self.weights:
                 self._keep(f"{node.name}/float", array)
             return
@@ -107,7 +111,7 @@ class OnnxModule(torch.nn.Module):  # type: ignore[misc]
         after = bool(readers) and all(reader.operator == QUANTIZE for reader in readers)
         if maker is not None and maker.operator == DEQUANTIZE and after:
             return "int8"
-        return "dynamic" if self._at_run_time and node.operator != "Conv" else "float"
+        return "dynamic" if self._at_run_time and node.operator not in CONVOLUTIONS else "float"
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         values: dict[str, Tensor] = dict(zip(self.graph.inputs, inputs, strict=True))
@@ -123,6 +127,8 @@ class OnnxModule(torch.nn.Module):  # type: ignore[misc]
 
     def _run(self, node: Node, values: dict[str, Tensor]) -> None:
         operands = [values[name] if name else None for name in node.inputs]
+        if node.operator in _MOVING:
+            operands = self._of_one_scale(node, operands)
         if self._kernels.get(node.name) == "dynamic":
             assert operands[0] is not None
             operands[0] = quantized_at_run_time(operands[0])
@@ -148,6 +154,25 @@ class OnnxModule(torch.nn.Module):  # type: ignore[misc]
         if count != 1:
             raise CompileError(f"node `{node.name}`: an activation has one scale, not {count}")
         return _decomposed.quantize_per_tensor(value, float(scale[0]), int(zero[0]), _LOW, _HIGH, torch.int8)
+
+    def _of_one_scale(self, node: Node, operands: list[Any]) -> list[Any]:
+        """Where the result of a moving node is quantized, its operands in the result's scale: no value changes."""
+        readers = self._readers.get(node.outputs[0], [])
+        makers = [self._makers.get(name) for name in (node.inputs if node.operator == "Concat" else node.inputs[:1])]
+        quantized = [maker for maker in makers if maker is not None and maker.operator == DEQUANTIZE]
+        if not quantized or not readers or any(reader.operator != QUANTIZE for reader in readers):
+            return operands
+        wanted = {self._scale_of(reader) for reader in readers}
+        if len(wanted) > 1 or (
+            wanted == {self._scale_of(maker) for maker in quantized} and len(quantized) == len(makers)
+        ):
+            return operands
+        settled = [self._dequantize(readers[0], self._quantize(readers[0], value)) for value in operands[: len(makers)]]
+        return settled + operands[len(makers) :]
+
+    def _scale_of(self, node: Node) -> tuple[float, ...]:
+        scale, zero, _ = self._scales_of(node)
+        return (*map(float, scale), *map(float, zero))
 
     def _keep_parameters(self, node: Node) -> None:
         scale, zero, count = self._scales_of(node)
@@ -181,7 +206,7 @@ class OnnxModule(torch.nn.Module):  # type: ignore[misc]
                 why = (
                     "its weight or activation is not quantized in the file"
                     if self.weights
-                    else "the file is not quantized"
+                    else UNQUANTIZED
                 )
                 left.append({"name": node.name, "operator": node.operator, "reason": why})
         return {"quantized": quantized, "left_float": left}

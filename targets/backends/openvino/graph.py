@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from targets.base import Coverage, NodeFact
+from targets.base import UNQUANTIZED, Coverage, NodeFact
 
 # layerType of weighted nodes in the execution graph of the CPU plugin (intel_cpu/src/cpu_types.cpp). `Subgraph` holds
 # element-wise code that was compiled just in time, no products.
@@ -24,7 +24,7 @@ def execution_nodes(compiled_model: Any) -> Iterator[tuple[str, str, str]]:
 def coverage(nodes: list[tuple[str, str, str]], quantized_file: bool) -> Coverage:
     """Of the weighted nodes, how many run in an int8 kernel."""
     weighted = [node for node in nodes if node[1] in WEIGHTED]
-    why = "OpenVINO runs it in {} although the file is quantized" if quantized_file else "the file is not quantized"
+    why = "OpenVINO runs it in {} although the file is quantized" if quantized_file else UNQUANTIZED
     left = tuple(
         NodeFact(name, layer, False, why.format(precision))
         for name, layer, precision in weighted

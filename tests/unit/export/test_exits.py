@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from compressor.errors import StageError
 from compressor.export.exits import EXIT, chosen, confidence, early_exit
+from compressor.models.onnx_graph import subgraphs
 
 EXITS = ["exit_0", "exit_1"]
 
@@ -115,6 +116,33 @@ def test_quantized_files_leave_early_too(tmp_path: Path, samples: np.ndarray) ->
     found = run(early_exit(model, EXITS, 0.7), samples[:1])
     assert np.allclose(found["logits"], answer, atol=1e-6)
     assert np.array_equal(found[EXIT], number)
+
+
+def test_pairs_stand_on_the_side_of_an_exit_that_reads_them(samples: np.ndarray) -> None:
+    model = three_exits()
+    model.graph.initializer.append(numpy_helper.from_array(np.array(0.01, np.float32), "scale"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(128, np.uint8), "zero"))
+    nodes = list(model.graph.node)
+    model.graph.ClearField("node")
+    for node in nodes:
+        model.graph.node.append(node)
+        if node.op_type == "Tanh":
+            name = node.output[0]
+            model.graph.node[-1].output[0] = f"{name}_float"
+            pair = [([f"{name}_float", "scale", "zero"], f"{name}_codes"), ([f"{name}_codes", "scale", "zero"], name)]
+            for kind, (reads, makes) in zip(("QuantizeLinear", "DequantizeLinear"), pair, strict=True):
+                model.graph.node.append(helper.make_node(kind, reads, [makes], name=f"{makes}_{kind}"))
+    whole = run(model, samples)
+    made = early_exit(model, EXITS, 0.7)
+    assert np.allclose(run(made, samples)["logits"], chosen([whole[n] for n in EXITS], whole["logits"], 0.7)[0])
+    graphs = [made.graph, *(graph for node in made.graph.node for graph in subgraphs(node))]
+    graphs += [inner for graph in graphs[1:] for node in graph.node for inner in subgraphs(node)]
+    for graph in graphs:
+        readers = [name for node in graph.node for name in node.input]
+        for node in graph.node:
+            if node.op_type == "DequantizeLinear":
+                assert readers.count(node.output[0]) == 1  # read here, and by nobody in another graph
+    assert sum(node.op_type == "DequantizeLinear" for graph in graphs for node in graph.node) == 5
 
 
 def test_what_has_no_exits_is_refused() -> None:
