@@ -23,6 +23,7 @@ class Sketch:
 
     shape: tuple[int, ...]  # of the one input, without the batch
     dtype: str = "float32"
+    opset: int = OPSET
     nodes: list[Any] = field(default_factory=list)
     stored: dict[str, Array] = field(default_factory=dict)
     random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(5))
@@ -61,13 +62,18 @@ def _transposed(s: Sketch) -> str:
 
 
 def _pooling(s: Sketch) -> str:
-    pooled = s.node("MaxPool", "x", kernel_shape=[2, 2], strides=[2, 2])
+    pooled = s.node("MaxPool", _before(s), kernel_shape=[2, 2], strides=[2, 2])
     return s.node("GlobalAveragePool", s.node("AveragePool", pooled, kernel_shape=[2, 2], strides=[1, 1]))
+
+
+def _before(s: Sketch) -> str:
+    """What has no weights is quantized, or not, by what comes before it."""
+    return s.node("Relu", s.node("Conv", "x", s.weight(4, 4, 1, 1), s.weight(4)))
 
 
 def _batch_norm(s: Sketch) -> str:
     one = s.constant(np.linspace(0.5, 2, 4, dtype=np.float32))
-    return s.node("BatchNormalization", "x", one, s.weight(4), s.weight(4), one)
+    return s.node("BatchNormalization", _before(s), one, s.weight(4), s.weight(4), one)
 
 
 def _branches(s: Sketch) -> str:
@@ -90,7 +96,7 @@ def _hard_swish(s: Sketch) -> str:
 
 def _resize(s: Sketch) -> str:
     scales = s.constant(np.float32([1, 1, 2, 2]))
-    return s.node("Resize", "x", "", scales, mode="nearest", coordinate_transformation_mode="asymmetric")
+    return s.node("Resize", _before(s), "", scales, mode="nearest", coordinate_transformation_mode="asymmetric")
 
 
 def _layer_norm(s: Sketch) -> str:
@@ -99,14 +105,24 @@ def _layer_norm(s: Sketch) -> str:
 
 
 def _gelu(s: Sketch) -> str:
+    return _gelu_of(s, s.node("MatMul", "x", s.weight(16, 16)))
+
+
+def _gelu_of(s: Sketch, x: str) -> str:
+    """Below opset 20 the chain that exporters write; an operator from there on."""
+    if s.opset >= 20:
+        return s.node("Gelu", x)
     half, two, one = (s.constant(np.float32(value)) for value in (0.5, np.sqrt(2), 1))
-    x = s.node("MatMul", "x", s.weight(16, 16))
     erf = s.node("Add", s.node("Erf", s.node("Div", x, two)), one)
     return s.node("Mul", s.node("Mul", x, erf), half)
 
 
 def _attention(s: Sketch) -> str:
-    query, key, value = (s.node("MatMul", "x", s.weight(16, 16)) for _ in range(3))
+    return _attention_of(s, "x")
+
+
+def _attention_of(s: Sketch, x: str) -> str:
+    query, key, value = (s.node("MatMul", x, s.weight(16, 16)) for _ in range(3))
     scores = s.node("MatMul", query, s.node("Transpose", key, perm=[0, 2, 1]))
     share = s.node("Softmax", s.node("Mul", scores, s.constant(np.float32(0.25))), axis=-1)
     return s.node("MatMul", share, value)
@@ -114,6 +130,42 @@ def _attention(s: Sketch) -> str:
 
 def _embedding(s: Sketch) -> str:
     return s.node("MatMul", s.node("Gather", s.weight(50, 16), "x"), s.weight(16, 8))
+
+
+def _cnn(s: Sketch) -> str:
+    """Stem, depthwise convolution, squeeze and excite, a shortcut, three kinds of activation, a head."""
+    stem = s.node("Relu", s.node("Conv", "x", s.weight(8, 4, 3, 3), s.weight(8), pads=[1] * 4))
+    wide = s.node("Conv", stem, s.weight(8, 1, 3, 3), s.weight(8), pads=[1] * 4, group=8)
+    wide = s.node("HardSwish", wide)
+    gate = s.node("Conv", s.node("GlobalAveragePool", wide), s.weight(8, 8, 1, 1), s.weight(8))
+    gated = s.node("Mul", wide, s.node("Sigmoid", gate))
+    narrow = s.node("Add", stem, s.node("Conv", gated, s.weight(8, 8, 1, 1), s.weight(8)))
+    pooled = s.node("MaxPool", narrow, kernel_shape=[2, 2], strides=[2, 2])
+    smooth = _gelu_of(s, s.node("Conv", pooled, s.weight(8, 8, 1, 1), s.weight(8)))
+    flat = s.node("Flatten", s.node("GlobalAveragePool", smooth))
+    return s.node("Gemm", flat, s.weight(4, 8), s.weight(4), transB=1)
+
+
+def _transformer(s: Sketch) -> str:
+    """Embedding, one layer (attention, GELU, layer norms, shortcuts), the mean over positions, a head."""
+    x = _norm(s, s.node("Gather", s.weight(50, 16), "x"))
+    mixed = s.node("Add", x, s.node("MatMul", _attention_of(s, x), s.weight(16, 16)))
+    x = _norm(s, mixed)
+    hidden = _gelu_of(s, s.node("Add", s.node("MatMul", x, s.weight(16, 32)), s.weight(32)))
+    out = s.node("Add", s.node("MatMul", hidden, s.weight(32, 16)), s.weight(16))
+    mean = _mean_of_positions(s, _norm(s, s.node("Add", x, out)))
+    return s.node("Gemm", mean, s.weight(4, 16), s.weight(4), transB=1)
+
+
+def _mean_of_positions(s: Sketch, x: str) -> str:
+    """The axes are an input from opset 18 on."""
+    if s.opset >= 18:
+        return s.node("ReduceMean", x, s.constant(np.asarray([1], np.int64)), keepdims=0)
+    return s.node("ReduceMean", x, axes=[1], keepdims=0)
+
+
+def _norm(s: Sketch, x: str) -> str:
+    return s.node("LayerNormalization", x, s.constant(np.ones(16, np.float32)), s.weight(16), axis=-1)
 
 
 GROUPS: Mapping[str, tuple[Callable[[Sketch], str], tuple[int, ...], str]] = {
@@ -132,12 +184,16 @@ GROUPS: Mapping[str, tuple[Callable[[Sketch], str], tuple[int, ...], str]] = {
     "GELU": (_gelu, (6, 16), "float32"),
     "embedding": (_embedding, (6,), "int64"),
 }
+NETS: Mapping[str, tuple[Callable[[Sketch], str], tuple[int, ...], str]] = {
+    "cnn": (_cnn, (4, 8, 8), "float32"),
+    "transformer": (_transformer, (6,), "int64"),
+}
 
 
-def write_group(name: str, path: Path) -> Artifact:
-    """The model of a group as an artifact at ``path``."""
-    build, shape, dtype = GROUPS[name]
-    sketch = Sketch(shape, dtype)
+def write_group(name: str, path: Path, opset: int = OPSET) -> Artifact:
+    """The model of a group (or whole small net) as an artifact at ``path``."""
+    build, shape, dtype = {**GROUPS, **NETS}[name]
+    sketch = Sketch(shape, dtype, opset)
     last = build(sketch)
     kind = TensorProto.FLOAT if dtype == "float32" else TensorProto.INT64
     graph = helper.make_graph(
@@ -147,7 +203,7 @@ def write_group(name: str, path: Path) -> Artifact:
         [helper.make_tensor_value_info(last, TensorProto.FLOAT, None)],
         [numpy_helper.from_array(value, key) for key, value in sketch.stored.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
     model = onnx.shape_inference.infer_shapes(model, strict_mode=True)
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
@@ -169,7 +225,7 @@ def _spec(value: Any) -> TensorSpec:
 
 def samples(name: str, count: int, seed: int = 0) -> dict[str, Array]:
     """Inputs for a group."""
-    _, shape, dtype = GROUPS[name]
+    _, shape, dtype = {**GROUPS, **NETS}[name]
     random = np.random.default_rng(seed)
     if dtype == "int64":
         return {"x": random.integers(0, 50, (count, *shape))}
