@@ -203,11 +203,7 @@ class OnnxModule(torch.nn.Module):  # type: ignore[misc]
             if self._kernels[node.name] != "float":
                 quantized += 1
             else:
-                why = (
-                    "its weight or activation is not quantized in the file"
-                    if self.weights
-                    else UNQUANTIZED
-                )
+                why = "its weight or activation is not quantized in the file" if self.weights else UNQUANTIZED
                 left.append({"name": node.name, "operator": node.operator, "reason": why})
         return {"quantized": quantized, "left_float": left}
 

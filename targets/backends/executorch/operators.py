@@ -9,13 +9,9 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from compressor.errors import CompileError
+from targets.backends.executorch.grow import batch_norm, conv_transpose, refuse, resize
 from targets.backends.executorch.module import OnnxModule, Operator, OperatorTable
 from targets.static_graph import Node
-
-
-def _refuse(node: Node, why: str) -> CompileError:
-    return CompileError(f"node `{node.name}`: {why}", hint="Export the model without it, or use another target.")
 
 
 def _apply(function: Any) -> Operator:
@@ -26,7 +22,7 @@ def _apply(function: Any) -> Operator:
 def _stored(module: OnnxModule, node: Node, position: int) -> Any:
     value = module.constant(node.input(position)) if node.input(position) else None
     if value is None and node.input(position):
-        raise _refuse(node, f"{node.operator} with a computed `{node.input(position)}` has no form here")
+        raise refuse(node, f"{node.operator} with a computed `{node.input(position)}` has no form here")
     return value
 
 
@@ -36,7 +32,7 @@ def _edges(module: OnnxModule, node: Node, kernel: Any) -> tuple[int, int, int, 
     dilations = node.attributes.get("dilations", (1, 1))
     shape, result = module.shape(node.input(0)), module.shape(node.outputs[0])
     if len(shape) != 4:
-        raise _refuse(node, f"{node.operator} over {len(shape) - 2} dimensions has no form here")
+        raise refuse(node, f"{node.operator} over {len(shape) - 2} dimensions has no form here")
     pads = list(node.attributes.get("pads", (0, 0, 0, 0)))
     reach = [(kernel[axis] - 1) * dilations[axis] + 1 for axis in range(2)]
     needed = [(result[axis + 2] - 1) * strides[axis] + reach[axis] - shape[axis + 2] for axis in range(2)]
@@ -44,7 +40,7 @@ def _edges(module: OnnxModule, node: Node, kernel: Any) -> tuple[int, int, int, 
     if mode == "SAME_UPPER":
         pads[:2] = [max(total, 0) // 2 for total in needed]
     elif mode not in ("NOTSET", "VALID"):
-        raise _refuse(node, f"auto_pad {mode} has no form here")
+        raise refuse(node, f"auto_pad {mode} has no form here")
     after = [max(pads[2 + axis], needed[axis] - pads[axis]) for axis in range(2)]
     return int(pads[0]), int(pads[1]), int(after[0]), int(after[1])
 
@@ -74,7 +70,7 @@ def average_pool(module: OnnxModule, node: Node, operands: list[Any]) -> Tensor:
     kernel = list(node.attributes["kernel_shape"])
     top, left, bottom, right = _edges(module, node, kernel)
     if (top, left) != (bottom, right):
-        raise _refuse(node, "AveragePool with uneven padding has no form here")
+        raise refuse(node, "AveragePool with uneven padding has no form here")
     counted = bool(node.attributes.get("count_include_pad", 0))
     strides = list(node.attributes.get("strides", (1, 1)))
     return functional.avg_pool2d(operands[0], kernel, strides, [top, left], False, counted)
@@ -84,7 +80,7 @@ def gemm(module: OnnxModule, node: Node, operands: list[Any]) -> Tensor:
     """As a Linear, which is the form the partitioner knows."""
     attributes = node.attributes
     if attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0 or attributes.get("transA", 0):
-        raise _refuse(node, "only Gemm with alpha = beta = 1 and transA = 0 has a form here")
+        raise refuse(node, "only Gemm with alpha = beta = 1 and transA = 0 has a form here")
     weight = operands[1] if attributes.get("transB", 0) else operands[1].t()
     if node.name in module.linear:
         weight = module.linear_weight(node)
@@ -148,10 +144,10 @@ def gather(_module: OnnxModule, node: Node, operands: list[Any]) -> Tensor:
 
 def gather_nd(module: OnnxModule, node: Node, operands: list[Any]) -> Tensor:
     if node.attributes.get("batch_dims", 0):
-        raise _refuse(node, "GatherND with batch dimensions has no form here")
+        raise refuse(node, "GatherND with batch dimensions has no form here")
     index, shape = _stored(module, node, 1), module.shape(node.input(0))
     if index.shape[-1] != len(shape):
-        raise _refuse(node, "GatherND of slices has no form here")
+        raise refuse(node, "GatherND of slices has no form here")
     places = np.ravel_multi_index(tuple(np.moveaxis(index, -1, 0)), shape, mode="wrap").reshape(-1)
     flat = operands[0].reshape(-1)
     if not np.array_equal(places, np.arange(flat.numel())):
@@ -175,7 +171,7 @@ def slice_(module: OnnxModule, node: Node, operands: list[Any]) -> Tensor:
         axis = number if axes is None else int(axes[number])
         step = 1 if steps is None else int(steps[number])
         if step < 1:
-            raise _refuse(node, "Slice with a negative step has no form here")
+            raise refuse(node, "Slice with a negative step has no form here")
         index[axis] = slice(*slice(int(start), int(end), step).indices(value.shape[axis]))
     return value[tuple(index)]
 
@@ -188,7 +184,7 @@ def split(module: OnnxModule, node: Node, operands: list[Any]) -> tuple[Tensor, 
 def pad(module: OnnxModule, node: Node, operands: list[Any]) -> Tensor:
     edges, value = _stored(module, node, 1), _stored(module, node, 2)
     if node.attributes.get("mode", "constant") != "constant" or node.input(3):
-        raise _refuse(node, "only constant Pad over all axes has a form here")
+        raise refuse(node, "only constant Pad over all axes has a form here")
     pairs = np.asarray(edges).reshape(2, -1).T[::-1].reshape(-1)
     return functional.pad(operands[0], [int(edge) for edge in pairs], value=0.0 if value is None else float(value))
 
@@ -208,10 +204,12 @@ OPERATORS: OperatorTable = {
     "Add": _apply(torch.add),
     "And": _apply(torch.logical_and),
     "AveragePool": average_pool,
+    "BatchNormalization": batch_norm,
     "Cast": cast,
     "Clip": clip,
     "Concat": concat,
     "Conv": conv,
+    "ConvTranspose": conv_transpose,
     "Div": _apply(torch.div),
     "Elu": _apply(functional.elu),
     "Erf": _apply(torch.erf),
@@ -241,6 +239,7 @@ OPERATORS: OperatorTable = {
     "ReduceSum": _reduction(torch.sum),
     "Relu": _apply(functional.relu),
     "Reshape": reshape,
+    "Resize": resize,
     "Sigmoid": _apply(torch.sigmoid),
     "Slice": slice_,
     "Softmax": softmax,
