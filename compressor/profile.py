@@ -63,6 +63,7 @@ class QuantizationRules(Frozen):
     per_channel: bool = True  # may weights have a scale per output channel?
     quantize_bias: bool = True  # TensorRT refuses int32 bias pairs
     weighted_only: bool = False  # quantize only Conv, Gemm, MatMul (TensorRT placement)
+    integer_only: bool = False  # no kernel mixes int8 weights and float: quantize whole graphs, transformers too
     dynamic: bool = True
     saturates: bool = False  # sums of two products saturate in 16 bits (x86 without VNNI); found from the features
     reduce_range: bool = False  # seven-bit weights, so that nothing saturates; true where `saturates` is, if left out

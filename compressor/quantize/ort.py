@@ -15,7 +15,8 @@ from onnx import ModelProto
 from compressor.errors import StageError, sdk_errors
 from compressor.models.onnx_graph import constants, save_model
 from compressor.profile import QuantizationRules
-from compressor.quantize.prepare import left_alone
+from compressor.quantize.integer import MORE_OPERATORS, fold_biases, masked_scores
+from compressor.quantize.prepare import COMPUTED, left_alone
 from compressor.quantize.ranges import Ranges
 from compressor.quantize.variants import Variant
 
@@ -57,7 +58,8 @@ def quantize_static(
     from onnxruntime import quantization
     from onnxruntime.quantization.calibrate import TensorData, TensorsData, save_tensors_data
 
-    operators = list(variant.operators or WHOLE_GRAPH)
+    more = MORE_OPERATORS if rules.integer_only else ()
+    operators = list(variant.operators or (*WHOLE_GRAPH, *more))
     with _scratch() as folder, sdk_errors(StageError, f"quantize with `{variant.name}`", hint=HINT):
         method = quantization.CalibrationMethod.MinMax
         data = {
@@ -81,6 +83,8 @@ def quantize_static(
             extra_options=static_options(variant, rules),
         )
         result = onnx.load(folder / "out.onnx")
+    if rules.integer_only:
+        fold_biases(result, model)
     if variant.operators is not None and not rules.weighted_only:
         _release(result, variant.operators)
     return result
@@ -148,16 +152,18 @@ def quantize_dynamic(
         return onnx.load(folder / "out.onnx"), skip
 
 
-def static_skips(model: ModelProto, variant: Variant) -> dict[str, str]:
+def static_skips(model: ModelProto, variant: Variant, rules: QuantizationRules) -> dict[str, str]:
     """Nodes that a static variant leaves float, with reasons."""
     skip = dict(left_alone(model))
+    if rules.integer_only:
+        skip = {name: why for name, why in skip.items() if why != COMPUTED} | masked_scores(model)
     fixed = constants(model.graph)
     for node in model.graph.node:
         weighted = node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
         if weighted and node.name not in skip and not any(name in fixed for name in node.input[1:2]):
             if node.op_type == "MatMul" and node.input[0] in fixed:
                 skip[node.name] = "its weight is the left operand, for which there is no int8 kernel"
-            else:
+            elif node.op_type != "MatMul" or not rules.integer_only:
                 skip[node.name] = "its weight is computed in the graph"
         elif node.op_type == "ConvTranspose" and variant.per_channel and _attribute(node, "group", 1) > 1:
             skip[node.name] = "grouped ConvTranspose has no per-channel int8 form"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper, version_converter
 
@@ -15,6 +16,7 @@ PER_CHANNEL_OPSET = 13  # first whose QuantizeLinear has an axis
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 BEFORE_LOGARITHM = "feeds a logarithm in the signal front end, which magnifies small errors"
 COMPUTED = "both operands are computed (attention); int8 gains nothing here"
+INSIDE_GELU = "part of a GELU, which runtimes compute as one operator; rounding inside would keep them from it"
 END_OF_GRAPH = "activation at the output: int8 would only coarsen the result"
 ACTIVATIONS = ("Softmax", "Sigmoid", "HardSigmoid", "Tanh", "LogSoftmax")
 
@@ -85,9 +87,46 @@ def left_alone(model: ModelProto) -> Mapping[str, str]:
     for node in graph.node:
         if node.op_type in ACTIVATIONS and outputs & set(node.output):
             reasons[node.name] = END_OF_GRAPH
+    reasons.update(dict.fromkeys(gelu_chains(graph), INSIDE_GELU))
     reasons.update(_front_end(graph))
     reasons.update(_after_data(graph))
     return reasons
+
+
+def gelu_chains(graph: onnx.GraphProto) -> set[str]:
+    """Names of all nodes of ``x * (1 + erf(x / sqrt(2))) / 2``, which is how exporters write Gelu below opset 20."""
+    fixed = constants(graph)
+    made = {name: node for node in graph.node for name in node.output}
+    readers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+
+    def scales(node: NodeProto | None, source: str) -> bool:
+        """Does it multiply ``source`` by one stored number?"""
+        if node is None or node.op_type not in ("Mul", "Div") or source not in node.input:
+            return False
+        return any(np.prod(fixed[name].dims) == 1 for name in node.input if name in fixed)
+
+    def only(node: NodeProto | None, operator: str) -> NodeProto | None:
+        """The only reader, where it is such an operator."""
+        found = readers.get(node.output[0], []) if node is not None else []
+        return found[0] if len(found) == 1 and found[0].op_type == operator else None
+
+    chains: set[str] = set()
+    for node in graph.node:
+        inner = made.get(node.input[0]) if node.op_type == "Erf" else None
+        source = next((name for name in inner.input if name not in fixed), "") if inner is not None else ""
+        plus = only(node, "Add")
+        product = only(plus, "Mul")
+        if inner is None or plus is None or product is None or not scales(inner, source):
+            continue
+        other = next((name for name in product.input if name != plus.output[0]), "")
+        half = only(product, "Mul") if other == source else made.get(other)
+        if scales(half, product.output[0] if other == source else source):
+            assert half is not None
+            chains |= {inner.name, node.name, plus.name, product.name, half.name}
+    return chains
 
 
 def _front_end(graph: onnx.GraphProto) -> dict[str, str]:

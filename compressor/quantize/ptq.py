@@ -66,7 +66,7 @@ def quantize(
     try:
         if made.stand_in is not None:
             save_model(made.stand_in, runs)
-        agreement = _prove(source.path, runs, calibration)
+        agreement = prove(source.path, runs, calibration)
     except StageError:
         out.unlink(missing_ok=True)
         runs.unlink(missing_ok=True)
@@ -108,7 +108,7 @@ def _engine(
         return _float(model, variant, rules, calibration, cache, keep_float)
     if variant.kind == "dynamic":
         return _Made(*ort.quantize_dynamic(model, variant, rules, keep_float))
-    skip = ort.static_skips(model, variant) | dict(keep_float)
+    skip = ort.static_skips(model, variant, rules) | dict(keep_float)
     if variant.engine == "nncf":
         attention = describe_model(model, 0).has_attention
         facts: tuple[LayerFact, ...] = ()
@@ -217,7 +217,7 @@ def _restore(result: ModelProto, original: ModelProto) -> None:
     set_metadata(result, metadata_of(original))
 
 
-def _prove(source: Path, out: Path, calibration: Calibration) -> float:
+def prove(source: Path, out: Path, calibration: Calibration) -> float:
     """Run both files on one small batch. Returns the cosine between their outputs, flattened together."""
     inputs = next(chunks(calibration), None)
     if inputs is None:

@@ -139,6 +139,8 @@ def _weights(name: Literal["int8", "int4"], config: QuantizeStage) -> list[Varia
 def _operators(rules: QuantizationRules, facts: ModelFacts) -> tuple[str, ...] | None:
     if rules.weighted_only:
         return WEIGHTED_OPERATORS
+    if rules.integer_only:
+        return None
     if facts.has_attention and not facts.has_convolutions:
         return TRANSFORMER_OPERATORS
     if facts.has_masked_attention:

@@ -12,7 +12,7 @@ become int8 by a shift of 128, which changes no value.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,15 +55,23 @@ class Stored:
         return np.asarray(offset * self.scales.reshape(shape), np.float32)
 
 
-def convert(graph: Graph, describe: str = "the model", *, int8_interface: bool = False) -> Converted:
+def convert(
+    graph: Graph,
+    describe: str = "the model",
+    *,
+    int8_interface: bool = False,
+    absent: Collection[str] = frozenset(),
+) -> Converted:
     """Write ``graph`` as TFLite. Raises :class:`CompileError` that names the node that cannot be written.
 
     ``int8_interface``: inputs that the file quantizes at once, and outputs that it dequantizes at the end, are int8
-    tensors of the file; inputs of rank 4 are channels-last. Microcontrollers and NPUs want no float at all.
+    tensors of the file; inputs of rank 4 are channels-last; int64 becomes int32, for which small runtimes have kernels.
+    Microcontrollers and NPUs want no float at all. ``absent``: operators of TFLite that the runtime has no kernel for;
+    those with another form are written in it.
     """
     from targets.tflite.operators import OPERATORS
 
-    state = Converter(graph, int8_interface=int8_interface)
+    state = Converter(graph, int8_interface=int8_interface, absent=absent)
     for node in graph.nodes:
         if node.name in state.absorbed or state.take_quantization(node):
             continue
@@ -100,8 +108,9 @@ def coverage(operations: Sequence[Operation]) -> Coverage:
 class Converter:
     """What is known while the graph is written: the TFLite tensors of every ONNX tensor."""
 
-    def __init__(self, graph: Graph, *, int8_interface: bool = False) -> None:
-        self.graph, self.builder = graph, Builder()
+    def __init__(self, graph: Graph, *, int8_interface: bool = False, absent: Collection[str] = frozenset()) -> None:
+        self.graph, self.builder, self.absent = graph, Builder(), absent
+        self.small = int8_interface  # a runtime without kernels for int64, and for int8 weights with floats
         self.schema = self.builder.schema
         self.readers = graph.consumers()
         self.absorbed: set[str] = set()  # names of nodes that another one already does
@@ -113,9 +122,14 @@ class Converter:
             shape, params = graph.shape(name), self._input_params(name) if int8_interface else None
             last = params is not None and len(shape) == 4
             shape = tuple(shape[axis] for axis in LAST) if last else shape
-            kind = graph.types[name].name if params is None else "int8"
+            kind = self.kind(name) if params is None else "int8"
             self.inputs[name] = self.builder.tensor(name, shape, kind, params)
             self._views[name] = {(last, params is not None): self.inputs[name]}
+
+    def kind(self, name: str) -> str:
+        """Element type of an ONNX tensor in the file, as numpy's name."""
+        found = self.graph.types[name].name
+        return "int32" if self.small and found == "int64" else found
 
     def _input_params(self, name: str) -> Quantization | None:
         """Parameters of an input that is quantized wherever it is read; None for any other."""
@@ -136,6 +150,11 @@ class Converter:
     def constant(self, array: Array, name: str = "constant") -> Tensor:
         """A stored tensor; equal ones are shared."""
         array = np.array(array, order="C")  # np.ascontiguousarray would make a scalar a vector
+        if self.small and array.dtype == np.int64:
+            limits = np.iinfo(np.int32)
+            if array.size and (array.min() < limits.min or array.max() > limits.max):
+                raise CompileError(f"the stored tensor `{name}` does not fit 32-bit integers")
+            array = array.astype(np.int32)
         key = (array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).digest())
         if key not in self._constants:
             self._constants[key] = self.builder.constant(name, array)
@@ -143,6 +162,19 @@ class Converter:
 
     def is_constant(self, name: str) -> bool:
         return name in self.stored or name in self.graph.constants
+
+    def has_int8(self, name: str) -> bool:
+        """Is it a constant that is stored as int8 with one scale?"""
+        stored = self.stored.get(name)
+        return stored is not None and stored.values.dtype == np.int8 and stored.scales.size == 1
+
+    def int8_constant(self, name: str, last: bool) -> Tensor:
+        """A constant of :meth:`has_int8` as it is stored; a scalar becomes a vector of one."""
+        stored = self.stored[name]
+        values = np.atleast_1d(_as_last(stored.values) if last else stored.values)
+        return self.builder.constant(
+            name, values, Quantization((float(stored.scales[0]),), (int(stored.zero_points[0]),))
+        )
 
     # ------------------------------------------------------------ activations
 
@@ -217,7 +249,7 @@ class Converter:
         """A new tensor for the ONNX tensor ``name``; quantized with ``params``."""
         shape = self.graph.shape(name)
         shape = tuple(shape[axis] for axis in LAST) if last else shape
-        kind = "int8" if params is not None else self.graph.types[name].name
+        kind = "int8" if params is not None else self.kind(name)
         tensor = self.builder.tensor(name, shape, kind, params)
         self._views.setdefault(name, {})[(last, params is not None)] = tensor
         return tensor

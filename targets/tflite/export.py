@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from compressor.errors import CompileError, sdk_errors
@@ -10,15 +11,18 @@ from targets.static_graph import fixed_shapes, read_static
 from targets.tflite.convert import Converted, convert
 
 
-def export_int8(artifact: Artifact, out: Path, *, batch: int, sequence: int) -> tuple[Path, Converted]:
+def export_int8(
+    artifact: Artifact, out: Path, *, batch: int, sequence: int, absent: Collection[str] = frozenset()
+) -> tuple[Path, Converted]:
     """Write ``out/<artifact>.tflite``, with int8 inputs and outputs where the ONNX file quantizes them.
 
-    Returns the path and what is in it. Raises :class:`CompileError`.
+    ``absent``: operators that the runtime lacks (see :func:`targets.tflite.convert.convert`). Returns the path and what
+    is in it. Raises :class:`CompileError`.
     """
     shapes = fixed_shapes(artifact.inputs, batch, sequence)
     graph = read_static(artifact.path, shapes)
     with sdk_errors(CompileError, f"write `{artifact.name}` as TFLite"):
-        converted = convert(graph, f"`{artifact.name}`", int8_interface=True)
+        converted = convert(graph, f"`{artifact.name}`", int8_interface=True, absent=absent)
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{artifact.name.replace('/', '-')}.tflite"
     path.write_bytes(converted.content)

@@ -2,73 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from targets.static_graph import Node
-from targets.tflite.builder import Quantization, Tensor
+from targets.tflite.builder import Tensor
 from targets.tflite.convert import LAST, Converter, refuse
 from targets.tflite.grow import batch_norm, conv_transpose, resize
 from targets.tflite.products import conv, gemm, matmul
 from targets.tflite.shapes import concat, gather, gather_nd, identity, pad, reshape, slice_, split, transpose
+from targets.tflite.unary import (
+    Emit,
+    clip,
+    erf,
+    fixed_output,
+    gelu,
+    hard_sigmoid,
+    last_axis,
+    leaky_relu,
+    scalar,
+    unary,
+)
 from targets.tflite.windows import padded, window_of
-
-Emit = Callable[[Converter, Node], None]
-# Kernels whose int8 form has a fixed output scale (TFLite's quantization specification).
-FIXED_OUTPUT = {
-    "SOFTMAX": Quantization((1 / 256,), (-128,)),
-    "LOGISTIC": Quantization((1 / 256,), (-128,)),
-    "TANH": Quantization((1 / 128,), (0,)),
-}
-
-
-# ---------------------------------------------------------------- element by element
-
-
-def _unary(operator: str, options: str = "") -> Emit:
-    def emit(state: Converter, node: Node) -> None:
-        last = state.is_last(node.input(0))
-        source = state.get(node.input(0), last)
-        chosen = getattr(state.schema, options)() if options else None
-        state.builder.add(operator, [source], [state.result(node.outputs[0], last)], chosen)
-
-    return emit
-
-
-def _fixed_output(operator: str, options: str = "") -> Emit:
-    """Softmax, sigmoid and tanh: int8 in, int8 out at the kernel's own scale, then to the file's scale."""
-
-    def emit(state: Converter, node: Node) -> None:
-        output, source = node.outputs[0], node.input(0)
-        params = state.int8_result(node, output)
-        last = state.is_last(source) and operator != "SOFTMAX"
-        chosen: Any = getattr(state.schema, options)() if options else None
-        if operator == "SOFTMAX":
-            _last_axis(state, node)
-            chosen.beta = 1.0
-        if params is None:
-            state.builder.add(operator, [state.get(source, last)], [state.result(output, last)], chosen)
-            return
-        value = state.get(source, last, quantized=True)
-        own = state.builder.tensor(f"{output}/int8", value.shape, "int8", FIXED_OUTPUT[operator])
-        state.builder.add(operator, [value], [own], chosen)
-        result = state.result(output, last, params)
-        state.builder.add("QUANTIZE", [own], [result], state.schema.QuantizeOptionsT())
-
-    return emit
-
-
-def _last_axis(state: Converter, node: Node) -> None:
-    rank = state.rank(node.input(0))
-    if int(node.attributes.get("axis", -1)) % rank != rank - 1:
-        raise refuse(node, f"{node.operator} over an axis that is not the last has no TFLite form here")
 
 
 def relu(state: Converter, node: Node) -> None:
     """Relu and Clip that no kernel before has taken."""
     operator = {"relu": "RELU", "relu6": "RELU6", "relu1": "RELU_N1_TO_1"}.get(state.clip_kind(node))
+    operator = None if operator in state.absent else operator
     source, output = node.input(0), node.outputs[0]
     last = state.is_last(source)
     params = state.int8_result(node, output) if operator else None
@@ -76,17 +38,8 @@ def relu(state: Converter, node: Node) -> None:
     result = state.result(output, last, params)
     if operator:
         state.builder.add(operator, [value], [result])
-        return
-    low, high = state.limits(node)
-    if np.isfinite(low):
-        between = state.temporary(f"{node.name}/low", value.shape) if np.isfinite(high) else result
-        state.builder.add("MAXIMUM", [value, _scalar(state, low)], [between], state.schema.MaximumMinimumOptionsT())
-        value = between
-    state.builder.add("MINIMUM", [value, _scalar(state, high)], [result], state.schema.MaximumMinimumOptionsT())
-
-
-def _scalar(state: Converter, value: float) -> Tensor:
-    return state.constant(np.asarray([value], np.float32))
+    else:
+        clip(state, value, *state.limits(node), result)
 
 
 def _binary(operator: str, options: str, int8: bool = False) -> Emit:
@@ -94,7 +47,8 @@ def _binary(operator: str, options: str, int8: bool = False) -> Emit:
         output, activation = node.outputs[0], 0
         if operator in ("ADD", "SUB", "MUL"):
             output, activation = state.activation_after(node)
-        params = state.int8_result(node, output) if int8 and not any(map(state.is_constant, node.inputs)) else None
+        takes = int8 and all(state.has_int8(name) for name in node.inputs if state.is_constant(name))
+        params = state.int8_result(node, output) if takes else None
         last = len(state.graph.shape(output)) == 4 and any(
             state.is_last(name) for name in node.inputs if not state.is_constant(name)
         )
@@ -116,35 +70,15 @@ def _operand(state: Converter, name: str, last: bool, quantized: bool) -> Tensor
         turned = state.builder.tensor(f"{name}/last", [shape[axis] for axis in LAST], source.type, source.quantization)
         state.move(wide, turned, LAST)
         return turned
+    if quantized and state.is_constant(name):
+        return state.int8_constant(name, last)
     return state.get(name, last, quantized)
 
 
-def hard_sigmoid(state: Converter, node: Node) -> None:
-    """max(0, min(1, alpha x + beta))."""
-    last = state.is_last(node.input(0))
-    value = state.get(node.input(0), last)
-    alpha, beta = node.attributes.get("alpha", 0.2), node.attributes.get("beta", 0.5)
-    scaled, moved = (state.temporary(f"{node.name}/{part}", value.shape) for part in ("scaled", "moved"))
-    state.builder.add("MUL", [value, _scalar(state, alpha)], [scaled], state.schema.MulOptionsT())
-    state.builder.add("ADD", [scaled, _scalar(state, beta)], [moved], state.schema.AddOptionsT())
-    state.builder.add("RELU_0_TO_1", [moved], [state.result(node.outputs[0], last)])
-
-
-def leaky_relu(state: Converter, node: Node) -> None:
-    last = state.is_last(node.input(0))
-    options = state.schema.LeakyReluOptionsT()
-    options.alpha = node.attributes.get("alpha", 0.01)
-    state.builder.add("LEAKY_RELU", [state.get(node.input(0), last)], [state.result(node.outputs[0], last)], options)
-
-
-def gelu(state: Converter, node: Node) -> None:
-    last = state.is_last(node.input(0))
-    options = state.schema.GeluOptionsT()
-    options.approximate = node.attributes.get("approximate", "none") == "tanh"
-    state.builder.add("GELU", [state.get(node.input(0), last)], [state.result(node.outputs[0], last)], options)
-
-
 def cast(state: Converter, node: Node) -> None:
+    if not state.is_constant(node.input(0)) and state.kind(node.input(0)) == state.kind(node.outputs[0]):
+        state.alias(node.outputs[0], node.input(0))
+        return
     last = state.is_last(node.input(0))
     source = state.get(node.input(0), last)
     state.builder.add("CAST", [source], [state.result(node.outputs[0], last)], state.schema.CastOptionsT())
@@ -222,7 +156,7 @@ def _reduction(operator: str) -> Emit:
 
 def layer_norm(state: Converter, node: Node) -> None:
     """LayerNormalization over the last axis, from means, a square and a reciprocal root."""
-    _last_axis(state, node)
+    last_axis(state, node)
     schema, add = state.schema, state.builder.add
     source = state.get(node.input(0))
     narrow, axis = (*source.shape[:-1], 1), (len(source.shape) - 1,)
@@ -236,7 +170,7 @@ def layer_norm(state: Converter, node: Node) -> None:
     add("SUB", [source, mean], [centred], schema.SubOptionsT())
     add("MUL", [centred, centred], [square], schema.MulOptionsT())
     _reduce(state, "MEAN", square, axis, variance, keep=True)
-    add("ADD", [variance, _scalar(state, node.attributes.get("epsilon", 1e-5))], [shifted], schema.AddOptionsT())
+    add("ADD", [variance, scalar(state, node.attributes.get("epsilon", 1e-5))], [shifted], schema.AddOptionsT())
     add("RSQRT", [shifted], [factor])
     add("MUL", [centred, factor], [unit], schema.MulOptionsT())
     bias = node.input(2)
@@ -248,7 +182,7 @@ def layer_norm(state: Converter, node: Node) -> None:
 
 
 OPERATORS: Mapping[str, Emit] = {
-    "Abs": _unary("ABS"),
+    "Abs": unary("ABS"),
     "Add": _binary("ADD", "AddOptionsT", int8=True),
     "And": logical_and,
     "AveragePool": pool,
@@ -260,8 +194,9 @@ OPERATORS: Mapping[str, Emit] = {
     "ConvTranspose": conv_transpose,
     "Div": _binary("DIV", "DivOptionsT"),
     "Dropout": identity,
-    "Elu": _unary("ELU"),
-    "Exp": _unary("EXP", "ExpOptionsT"),
+    "Elu": unary("ELU"),
+    "Erf": erf,
+    "Exp": unary("EXP", "ExpOptionsT"),
     "Flatten": reshape,
     "Gather": gather,
     "GatherND": gather_nd,
@@ -269,17 +204,17 @@ OPERATORS: Mapping[str, Emit] = {
     "Gemm": gemm,
     "GlobalAveragePool": global_pool,
     "HardSigmoid": hard_sigmoid,
-    "HardSwish": _unary("HARD_SWISH", "HardSwishOptionsT"),
+    "HardSwish": unary("HARD_SWISH", "HardSwishOptionsT", int8=True),
     "Identity": identity,
     "LayerNormalization": layer_norm,
     "LeakyRelu": leaky_relu,
-    "Log": _unary("LOG"),
+    "Log": unary("LOG"),
     "MatMul": matmul,
     "Max": _binary("MAXIMUM", "MaximumMinimumOptionsT"),
     "MaxPool": pool,
     "Min": _binary("MINIMUM", "MaximumMinimumOptionsT"),
     "Mul": _binary("MUL", "MulOptionsT", int8=True),
-    "Neg": _unary("NEG", "NegOptionsT"),
+    "Neg": unary("NEG", "NegOptionsT"),
     "Pad": pad,
     "Pow": _binary("POW", "PowOptionsT"),
     "ReduceMax": _reduction("REDUCE_MAX"),
@@ -288,14 +223,14 @@ OPERATORS: Mapping[str, Emit] = {
     "Relu": relu,
     "Reshape": reshape,
     "Resize": resize,
-    "Sigmoid": _fixed_output("LOGISTIC"),
+    "Sigmoid": fixed_output("LOGISTIC"),
     "Slice": slice_,
-    "Softmax": _fixed_output("SOFTMAX", "SoftmaxOptionsT"),
+    "Softmax": fixed_output("SOFTMAX", "SoftmaxOptionsT"),
     "Split": split,
-    "Sqrt": _unary("SQRT"),
+    "Sqrt": unary("SQRT"),
     "Squeeze": reshape,
     "Sub": _binary("SUB", "SubOptionsT", int8=True),
-    "Tanh": _fixed_output("TANH"),
+    "Tanh": fixed_output("TANH"),
     "Transpose": transpose,
     "Unsqueeze": reshape,
     "Where": where,

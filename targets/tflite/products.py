@@ -76,11 +76,13 @@ def matmul(state: Converter, node: Node) -> None:
         bias, output = _added_bias(state, node, kernel.shape[1])
         _fully_connected(state, node, bias, output, transposed=False)
         return
-    first, second = state.get(node.input(0)), state.get(node.input(1))
+    stored_side = any(map(state.is_constant, node.inputs))
+    params = None if stored_side else state.int8_result(node, node.outputs[0])
+    first, second = (state.get(name, quantized=params is not None) for name in node.inputs[:2])
     if min(len(first.shape), len(second.shape)) < 2:
         raise CompileError(f"node `{node.name}`: MatMul with a vector has no TFLite form here")
     options = state.schema.BatchMatMulOptionsT()
-    state.builder.add("BATCH_MATMUL", [first, second], [state.result(node.outputs[0])], options)
+    state.builder.add("BATCH_MATMUL", [first, second], [state.result(node.outputs[0], params=params)], options)
 
 
 def _added_bias(state: Converter, node: Node, width: int) -> tuple[str, str]:
@@ -113,7 +115,7 @@ def _fully_connected(state: Converter, node: Node, bias_name: str, output: str, 
         bias = _int32_bias(state, biased, source.quantization, stored, width)
         target = state.result(fused, params=params)
     else:
-        weight = _hybrid_weight(state, node.input(1), stored, order)
+        weight = _hybrid_weight(state, node.input(1), None if state.small else stored, order)
         bias = _float_bias(state, bias_name, width)
         target = state.result(fused)
     options = state.schema.FullyConnectedOptionsT()

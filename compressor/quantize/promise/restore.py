@@ -91,7 +91,7 @@ def rank(
     model = prepare(read_model(source.path))
     method = "minmax" if variant.calibration == "auto" else variant.calibration
     ranges: Ranges = collect(model, calibration, method, cache) if variant.kind == "static" else {}
-    return sensitivities(model, variant, rules, ranges, calibration, ort.static_skips(model, variant))
+    return sensitivities(model, variant, rules, ranges, calibration, ort.static_skips(model, variant, rules))
 
 
 def order(ranking: Sequence[Sensitivity]) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from targets.isolation import Limits
 from targets.static_session import StaticSession
 from targets.tflite.export import export_int8, float_operations
 from targets.tflite.interface import Interface, encode_all, read_interface
+from targets.tflite.unary import REPLACED
 from targets.toolchain_session import Worker, exchange, open_worker
 
 TOOLCHAIN = "tflite-micro"
@@ -64,7 +65,8 @@ class TfliteMicro(TargetBackend):
         if problems := self.check(artifact, profile):
             raise CompileError("; ".join(problems), hint="Mend the profile.")
         options, started = options_of(profile), time.perf_counter()
-        path, converted = export_int8(artifact, out, batch=1, sequence=options.max_sequence)
+        lacking = frozenset(unresolved(REPLACED))
+        path, converted = export_int8(artifact, out, batch=1, sequence=options.max_sequence, absent=lacking)
         count = Counter(operation.operator for operation in converted.operations)
         if absent := unresolved(tuple(count)):
             raise CompileError(f"{_WHAT} has no {', '.join(absent)}", hint="Export the model without it.")
