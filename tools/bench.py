@@ -299,11 +299,11 @@ def qat(_work: Path) -> None:
     command([sys.executable, "-m", "tools.bench_qat", "--out", str(EVIDENCE / "qat.md")])
 
 
-def transplant(_: Path) -> None:
+def transplant(work: Path) -> None:
     """A language model under another tokenizer, untrained."""
     from tools.bench_transplant import page
 
-    (EVIDENCE / "transplant.md").write_text(page())
+    (EVIDENCE / "transplant.md").write_text(page(work / "transplant"))
 
 
 SECTIONS: dict[str, Callable[[Path], None]] = {

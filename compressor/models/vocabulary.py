@@ -8,6 +8,7 @@ gets the smaller tables by :func:`vocabulary_steps`, and the map goes.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,8 +116,11 @@ def _rename_special(twin: nn.Module, embedding: nn.Embedding, new: dict[int, int
     for name, part in twin.named_modules():
         padding = getattr(part, "padding_idx", None)
         if not isinstance(part, nn.Embedding) and isinstance(padding, int) and new.get(padding) != padding:
-            what = f"`{name}` counts positions from its padding id {padding}, which would change"
-            raise PlanError.single(KEY, what, hint="Only tokenizers with the padding token among the first fit here.")
+            if _reads_padding(part):
+                what = f"`{name}` counts positions from its padding id {padding}, which would change"
+                hint = "Only tokenizers with the padding token among the first fit here."
+                raise PlanError.single(KEY, what, hint=hint)
+            part.padding_idx = new.get(padding)  # type: ignore[assignment]
         config = getattr(part, "config", None)
         if config is None or id(config) in seen:
             continue
@@ -127,6 +131,12 @@ def _rename_special(twin: nn.Module, embedding: nn.Embedding, new: dict[int, int
                 setattr(config, f"{word}_token_id", new.get(value))
             elif isinstance(value, list):
                 setattr(config, f"{word}_token_id", [new[item] for item in value if item in new])
+
+
+def _reads_padding(part: nn.Module) -> bool:
+    """Whether the module's own code reads ``padding_idx``: RoBERTa's positions do, Llama only writes it down."""
+    forward = inspect.unwrap(type(part).forward)
+    return "padding_idx" in getattr(forward, "__code__", forward).co_names
 
 
 def table_parameters(module: nn.Module) -> dict[str, Tensor]:
