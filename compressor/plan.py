@@ -252,6 +252,9 @@ def profile_plan(
     here = profile.here == "this-machine"
     if target.runs is None:
         accuracy, latency = "proxy (ONNX Runtime on this machine)", f"unavailable: {target.reason}"
+    elif target.runs == "simulated":
+        attached = "" if here else f"no {profile.name} is attached: "
+        accuracy, latency = "simulated", f"unavailable: {attached}a simulator's speed says nothing about a device"
     elif here:
         accuracy = latency = target.runs
     else:
