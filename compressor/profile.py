@@ -78,6 +78,7 @@ class Constraints(Frozen):
     """What surgeries must respect."""
 
     channel_multiple: Annotated[int, Field(ge=1)] = 1
+    # int4: of weights in a file, unpacked when it is loaded (under a size budget)
     precisions: tuple[Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"], ...] = ("fp32", "int8")
     static_shapes: bool = False
 

@@ -202,8 +202,10 @@ def open_session(request: Request) -> Session:
         import numpy as np
 
         from compressor.stages.onnx_surgery import onnx_problems
+        from compressor.stages.sized import size_problems
 
         problems += onnx_problems(recipe, model.onnx, data.splits["calibration"].batch(np.arange(2)))
+        problems += size_problems(recipe, profiles, model.onnx)
     if problems or data is None:
         raise PlanError("the plan", problems)
     plan = _plan(recipe, profiles, model, data, target_views(profile.target for profile in profiles))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -44,32 +45,40 @@ def mixed_candidate(
     stage: QuantizeStage,
     rules: QuantizationRules,
     made: Sequence[tuple[Variant, Artifact]],
-    teacher: Artifact | None,
+    scorer: Scorer,
 ) -> tuple[Artifact | None, str]:
     """The mixed file, or why there is none (empty: a plain int8 file keeps the promise, nothing is needed)."""
     drop = run.recipe.accept.max_drop
     if drop is None:
         return None, ""
-    bases = [(variant, artifact) for variant, artifact in made if variant.engine == "onnxruntime"]
+    ours = [(variant, artifact) for variant, artifact in made if variant.engine == "onnxruntime"]
+    bases = [pair for pair in ours if pair[0].kind != "weights"] or ours  # of weights alone nothing gets faster
     if not bases:
         return None, "layers can be put back only in files of ONNX Runtime's quantizer"
-    scorer = Scorer(run, teacher or student)
     floor = scorer.baseline - drop
     scores = {variant.name: scorer(artifact) for variant, artifact in made}
     if max(scores.values()) >= floor - 1e-9:
         return None, ""
-    plain = scorer(student)
-    if plain < floor - 1e-9:
-        lost = f"{100 * (scorer.baseline - plain):.2f} points on validation, {100 * drop:.2f} are allowed"
-        return None, f"the fp32 student itself loses {lost}: no precision can mend that"
+    if hopeless := cannot_hold(student, scorer, floor):
+        return None, hopeless
     base = max(bases, key=lambda pair: scores[pair[0].name])
     try:
-        return _stored(run, student, _settled(*base), stage, rules, scorer, floor), ""
+        return _stored(run, student, settled(*base), stage, rules, scorer, floor), ""
     except StageError as error:
         return None, str(error)
 
 
-def _settled(variant: Variant, made: Artifact) -> Variant:
+def cannot_hold(student: Artifact, scorer: Scorer, floor: float) -> str:
+    """Why no precision keeps the promise; empty where the fp32 file does."""
+    plain = scorer(student)
+    if plain >= floor - 1e-9:
+        return ""
+    lost, allowed = 100 * (scorer.baseline - plain), 100 * (scorer.baseline - floor)
+    what = f"{lost:.2f} points on validation, {allowed:.2f} are allowed"
+    return f"the fp32 student itself loses {what}: no precision can mend that"
+
+
+def settled(variant: Variant, made: Artifact) -> Variant:
     """The variant with what `auto` chose for its file, so that it is not chosen again for every trial."""
     if variant.kind != "static":
         return variant
@@ -126,7 +135,8 @@ def _stored(
 
 
 class Scorer:
-    """The task metric of ONNX files on the validation split, in ONNX Runtime on this machine."""
+    """The task metric of ONNX files on the validation split, in ONNX Runtime on this machine. The reference, whose
+    score is the ``baseline``, is run when it is first asked for."""
 
     def __init__(self, run: Run, reference: Artifact) -> None:
         from compressor.evaluate import SplitEvalSet
@@ -135,8 +145,15 @@ class Scorer:
         self.data = SplitEvalSet(run.data.splits["validation"])
         self.teacher_data = SplitEvalSet((run.teacher_data or run.data).splits["validation"])
         self.known: dict[str, float] = {}
-        self.reference = self._outputs(reference)
-        self.baseline = self.score_of(self.reference)
+        self._reference = reference
+
+    @cached_property
+    def reference(self) -> Array:
+        return self._outputs(self._reference)
+
+    @cached_property
+    def baseline(self) -> float:
+        return self.score_of(self.reference)
 
     def __call__(self, artifact: Artifact) -> float:
         if artifact.digest not in self.known:

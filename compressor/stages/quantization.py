@@ -12,8 +12,9 @@ from compressor.ledger import StageOutput, code_digest
 from compressor.profile import HardwareProfile, QuantizationRules
 from compressor.recipe import QuantizeStage
 from compressor.stages.by_target import by_target
-from compressor.stages.mixed import calibration_of, mixed_candidate
+from compressor.stages.mixed import Scorer, calibration_of, mixed_candidate
 from compressor.stages.run import MODEL_FILE, Run, version
+from compressor.stages.sized import sized_candidate
 from compressor.types import Artifact, Format, file_digest
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def int8_candidates(
     """The int8 candidates of a profile, quantized once for equal rules, and what was not made.
 
     When none of them keeps the recipe's ``max_drop`` against ``teacher`` on validation, one more is made: the most
-    accurate of them with the fewest, cheapest layers back in float.
+    accurate of them with the fewest, cheapest layers back in float. When none of them also keeps `max_size_mib`, one
+    more: a precision for each layer, chosen under that budget.
     """
     from compressor.models.onnx_facts import describe
     from compressor.quantize import variants
@@ -43,12 +45,14 @@ def int8_candidates(
     if profile.quantization.by_target and wanted:
         found = (*found, by_target(run, student, stage))
     integer = tuple(pair for pair in made.values() if pair[0].kind != "float")
-    if stage.restore == "never" or not integer:
-        return found, failed
-    mixed, why = mixed_candidate(run, student, stage, profile.quantization, integer, teacher)
-    if mixed is None:
-        return found, {**failed, **({"int8-mixed-ort": why} if why else {})}
-    return (*found, mixed), failed
+    scorer = Scorer(run, teacher or student)
+    if stage.restore != "never" and integer:
+        mixed, why = mixed_candidate(run, student, stage, profile.quantization, integer, scorer)
+        found += () if mixed is None else (mixed,)
+        failed |= {"int8-mixed-ort": why} if why else {}
+    sized, why = sized_candidate(run, student, stage, profile, integer, found, scorer)
+    found += () if sized is None else (sized,)
+    return found, failed | ({"mixed-size-ort": why} if why else {})
 
 
 def _quantized(

@@ -51,7 +51,7 @@ def sensitivities(
     nodes = [node for node in model.graph.node if node.op_type in LAYERS and node.name not in skip]
     wiring = Wiring(model)
     nodes = [node for node in nodes if wiring.array(node.input[1]) is not None]
-    batches = _first(calibration)
+    batches = first_batches(calibration)
     work = _work(model, nodes, batches[:1])
     plain = outputs_of(model)
     wanted = [plain(inputs) for inputs in batches]
@@ -68,7 +68,8 @@ def sensitivities(
     return tuple(sorted(found, key=lambda item: item.sqnr_db))
 
 
-def _first(calibration: Calibration) -> list[Mapping[str, Array]]:
+def first_batches(calibration: Calibration) -> list[Mapping[str, Array]]:
+    """About ``SAMPLES`` samples, in the batches that they come in."""
     found, count = [], 0
     for inputs in chunks(calibration, SAMPLES):
         found.append(inputs)

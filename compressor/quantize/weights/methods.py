@@ -95,14 +95,22 @@ def inverse_factor(gram: Array, damping: float = DAMPING) -> tuple[Array, Array]
     return np.linalg.inv(lower[::-1, ::-1]).astype(np.float32), order
 
 
-def gptq(weight: Array, factor: Array, order: Array, bits: Bits, block: int) -> Codes:
+def gptq(
+    weight: Array,
+    factor: Array,
+    order: Array,
+    bits: Bits,
+    block: int,
+    grid: tuple[Array, Array] | None = None,
+) -> Codes:
     """GPTQ on the groups' own grid: row by row of inputs, each one's error spread over those that come after.
 
     ``factor`` and ``order`` are :func:`inverse_factor`'s. Scales and zero points are fixed before, from the weight
-    itself, so that any order of rows keeps the groups together in the file. With H = identity it rounds to nearest.
+    itself or as ``grid`` (both (N, G)), so that any order of rows keeps the groups together in the file. With
+    H = identity it rounds to nearest.
     """
     inputs, outputs = weight.shape
-    scale, zero = spans(grouped(weight, block), bits)
+    scale, zero = spans(grouped(weight, block), bits) if grid is None else grid
     group = order // block
     step, shift = scale.T[group], zero.T[group].astype(np.float32)  # (K, N), in the order of work
     rows = np.array(weight[order], np.float32)
