@@ -18,6 +18,7 @@ from targets.static_graph import Graph, Node
 
 OPSET = 19
 NEWEST = 20  # that can be written as OPSET
+_AXES_AS_INPUT = frozenset({"ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2"})  # since opset 18
 _SAID_OF_NODES = {"LayerNormalization": {"epsilon": 1e-5}}  # defaults that the toolkit wants to see written
 
 
@@ -79,6 +80,12 @@ def _lowered(node: Node, constants: dict[str, Any]) -> Iterator[Node]:
             f"node `{node.name}`: {node.operator} is no operator of the ONNX standard",
             hint="Export the model without it, or use another target.",
         )
+    if node.operator in _AXES_AS_INPUT and "axes" in node.attributes:
+        name = f"{node.name}/axes"
+        constants[name] = np.asarray(node.attributes["axes"], np.int64)
+        rest = {key: item for key, item in node.attributes.items() if key != "axes"}
+        yield Node(node.operator, node.name, (node.input(0), name), node.outputs, rest)
+        return
     if node.operator != "Gelu":
         yield node
         return
