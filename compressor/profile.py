@@ -63,12 +63,18 @@ class QuantizationRules(Frozen):
     per_channel: bool = True  # may weights have a scale per output channel?
     quantize_bias: bool = True  # TensorRT refuses int32 bias pairs
     weighted_only: bool = False  # quantize only Conv, Gemm, MatMul (TensorRT placement)
-    integer_only: bool = False  # no kernel mixes int8 weights and float: quantize whole graphs, transformers too
+    whole_graph: bool = False  # quantize transformers whole too: float beside int8 falls off the accelerator (QNN)
+    integer_only: bool = False  # the same, and no kernel mixes int8 weights with float at all (TFLite on small devices)
     dynamic: bool = True
     saturates: bool = False  # sums of two products saturate in 16 bits (x86 without VNNI); found from the features
     reduce_range: bool = False  # seven-bit weights, so that nothing saturates; true where `saturates` is, if left out
     by_target: bool = False  # does the target's compiler quantize a float file itself, too?
     opset: Annotated[int, Field(ge=13)] | None = None  # the smallest opset that the compiler maps whole
+
+    @property
+    def whole(self) -> bool:
+        """Are transformers quantized as a whole?"""
+        return self.whole_graph or self.integer_only
 
 
 STRICT = ("symmetric_activation", "quantize_bias", "weighted_only", "saturates", "reduce_range")

@@ -90,7 +90,7 @@ def read_static(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
         fixed = Path(scratch) / "fixed.onnx"
         onnx.save(with_shapes(onnx.load(str(path)), shapes), str(fixed))
         model = _folded(fixed, Path(scratch) / "folded.onnx")
-        graph = _graph(model, _observe(model))
+        graph = _one_dequantize(_graph(model, _observe(model)))
     from targets.gelu import with_gelu
 
     return with_gelu(_gathers_after_dequantize(_without_dynamic(graph)))
@@ -184,6 +184,26 @@ def _attributes(node: Any) -> Iterator[tuple[str, Any]]:
 
 
 # ---------------------------------------------------------------- quantization patterns
+
+
+def _one_dequantize(graph: Graph) -> Graph:
+    """ONNX Runtime's optimiser gives some readers a DequantizeLinear of their own: the readers of one tensor become the
+    readers of one tensor again, or Gelu would not be seen as a function of one."""
+    first: dict[tuple[str, ...], str] = {}
+    same: dict[str, str] = {}
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        if (
+            node.operator == DEQUANTIZE
+            and node.input(0) not in graph.constants
+            and node.outputs[0] not in graph.outputs
+        ):
+            kept = first.setdefault(node.inputs, node.outputs[0])
+            if kept != node.outputs[0]:
+                same[node.outputs[0]] = kept
+                continue
+        nodes.append(replace(node, inputs=tuple(same.get(name, name) for name in node.inputs)))
+    return replace(graph, nodes=tuple(nodes)) if same else graph
 
 
 def _without_dynamic(graph: Graph) -> Graph:

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
-from compressor.errors import StageError
+from compressor.errors import Problem, StageError
 from compressor.models.onnx_facts import describe_model
 from compressor.models.onnx_graph import read_model
-from compressor.profile import QuantizationRules, load_profile, profile_names
+from compressor.profile import HardwareProfile, QuantizationRules, load_profile, profile_names
+from compressor.quantize.checks.lint import lint
 from compressor.quantize.ptq import quantize
-from compressor.quantize.variants import Variant, variants
+from compressor.quantize.variants import variants
 from compressor.recipe import QuantizeStage
 from compressor.types import Artifact, Inputs
+from targets import registry
+from targets.base import Compiled
 from tools.operator_groups import OPSET, samples, write_group
 
 RACE = "auto"  # hands each candidate to other targets, whose rules stand for themselves
@@ -40,6 +44,7 @@ def describe(rules: QuantizationRules) -> str:
     told = {
         "float bias": not rules.quantize_bias,
         "weighted only": rules.weighted_only,
+        "whole graph": rules.whole_graph,
         "integers only": rules.integer_only,
         "static only": not rules.dynamic,
         "seven bits": rules.reduce_range,
@@ -81,4 +86,55 @@ def emitted(net: str, rules: QuantizationRules, folder: Path, kind: str = "stati
     return quantize(source, variant, rules, lambda: calibration(net), folder / "int8.onnx")
 
 
-__all__ = ["Combination", "Variant", "calibration", "combinations", "describe", "emitted"]
+@dataclass(frozen=True)
+class Break:
+    """A file that goes against one rule: ``net`` as it is made by looser rules."""
+
+    name: str
+    net: str
+    looser: QuantizationRules
+    kind: str = "static"
+
+
+def breaks(rules: QuantizationRules) -> tuple[Break, ...]:
+    """Every rule that ``rules`` state, broken alone."""
+    wide = "int16" if rules.activation.startswith("int") else "uint16"
+    other = "uint8" if rules.activation == "int8" else "int8"
+    unsigned = {"activation": "uint8", "weight": "uint8", "symmetric_activation": False}
+    found = [
+        (True, "16-bit activations", "cnn", {"activation": wide}),
+        (True, f"{other} activations", "cnn", {"activation": other, "weight": "int8", "symmetric_activation": False}),
+        (rules.symmetric_activation, "asymmetric activations", "cnn", {"symmetric_activation": False}),
+        (rules.weight == "int8", "uint8 weights", "cnn", unsigned),
+        (rules.weight == "uint8", "int8 weights", "cnn", {"weight": "int8"}),
+        (not rules.per_channel, "weights per channel", "cnn", {"per_channel": True}),
+        (not rules.quantize_bias, "int32 bias pairs", "cnn", {"quantize_bias": True}),
+        (rules.opset is not None, f"opset {OPSET}", "transformer", {"opset": None}),
+        (not rules.dynamic, "quantized at run time", "transformer", {**unsigned, "weight": "int8", "dynamic": True}),
+        (rules.reduce_range, "eight-bit weights", "cnn", {"reduce_range": False}),
+    ]
+    return tuple(
+        Break(name, net, rules.model_copy(update=change), "dynamic" if change.get("dynamic") else "static")
+        for stated, name, net, change in found
+        if stated
+    )
+
+
+def broken(case: Break, rules: QuantizationRules, folder: Path) -> tuple[Artifact, tuple[Problem, ...]]:
+    """The file of ``case``, and what the lint says of it by the target's own ``rules``."""
+    artifact = emitted(case.net, case.looser, folder, case.kind)
+    return artifact, lint(read_model(artifact.path), rules)
+
+
+def unchecked(target: str, artifact: Artifact, profile: HardwareProfile, out: Path) -> Compiled:
+    """What the compiler itself makes of a file, without the lint that stands before it.
+
+    Raises :class:`compressor.errors.CompileError` when the compiler refuses.
+    """
+    backend = registry.get(target)
+    if target != "tensorrt":
+        return backend.compile(artifact, profile, out)
+    from targets.backends.tensorrt import backend as tensorrt
+
+    with mock.patch.object(tensorrt.lint, "problems", return_value=()):
+        return backend.compile(artifact, profile, out)

@@ -1,8 +1,9 @@
-"""Files for targets that compute in integers only (Ethos-U, microcontrollers), where float falls to a slow processor.
+"""Transformers as whole int8 graphs, for accelerators on which float beside int8 falls to a slow processor.
 
-There a product of int8 weights with a float result has no kernel at all, so transformers are quantized as a whole too:
-attention's own products, softmax, embeddings and shortcuts. Two things differ from a convolutional network: masks
-would ruin the scale of the scores, and a bias is an operator of its own, whose sum should not be rounded twice.
+Qualcomm's compiler leaves weights that it must dequantize to the CPU; Ethos-U and microcontrollers have no kernel at
+all for int8 weights with a float result. So attention's own products, softmax, embeddings and shortcuts become int8 too.
+Two things differ from a convolutional network: masks would ruin the scale of the scores, and a bias is an operator of
+its own, whose sum TFLite's kernels need not round twice.
 """
 
 from __future__ import annotations

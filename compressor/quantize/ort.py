@@ -58,7 +58,7 @@ def quantize_static(
     from onnxruntime import quantization
     from onnxruntime.quantization.calibrate import TensorData, TensorsData, save_tensors_data
 
-    more = MORE_OPERATORS if rules.integer_only else ()
+    more = MORE_OPERATORS if rules.whole else ()
     operators = list(variant.operators or (*WHOLE_GRAPH, *more))
     with _scratch() as folder, sdk_errors(StageError, f"quantize with `{variant.name}`", hint=HINT):
         method = quantization.CalibrationMethod.MinMax
@@ -85,9 +85,19 @@ def quantize_static(
         result = onnx.load(folder / "out.onnx")
     if rules.integer_only:
         fold_biases(result, model)
+    if rules.symmetric_activation:
+        _scalars_to_vectors(result)
     if variant.operators is not None and not rules.weighted_only:
         _release(result, variant.operators)
     return result
+
+
+def _scalars_to_vectors(model: ModelProto) -> None:
+    """TensorRT refuses a quantized scalar and takes a vector of one, which every operator broadcasts alike."""
+    read = {node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    for tensor in model.graph.initializer:
+        if tensor.name in read and not tensor.dims:
+            tensor.dims.append(1)
 
 
 def _release(model: ModelProto, operators: tuple[str, ...]) -> None:
@@ -155,7 +165,8 @@ def quantize_dynamic(
 def static_skips(model: ModelProto, variant: Variant, rules: QuantizationRules) -> dict[str, str]:
     """Nodes that a static variant leaves float, with reasons."""
     skip = dict(left_alone(model))
-    if rules.integer_only:
+    whole = rules.whole and variant.operators is None
+    if whole:
         skip = {name: why for name, why in skip.items() if why != COMPUTED} | masked_scores(model)
     fixed = constants(model.graph)
     for node in model.graph.node:
@@ -163,7 +174,7 @@ def static_skips(model: ModelProto, variant: Variant, rules: QuantizationRules) 
         if weighted and node.name not in skip and not any(name in fixed for name in node.input[1:2]):
             if node.op_type == "MatMul" and node.input[0] in fixed:
                 skip[node.name] = "its weight is the left operand, for which there is no int8 kernel"
-            elif node.op_type != "MatMul" or not rules.integer_only:
+            elif node.op_type != "MatMul" or not whole:
                 skip[node.name] = "its weight is computed in the graph"
         elif node.op_type == "ConvTranspose" and variant.per_channel and _attribute(node, "group", 1) > 1:
             skip[node.name] = "grouped ConvTranspose has no per-channel int8 form"

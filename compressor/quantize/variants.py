@@ -116,6 +116,9 @@ def _candidates(config: QuantizeStage, rules: QuantizationRules, facts: ModelFac
     ]
     if config.engines == ("nncf",):
         found.append(Variant(f"int8-{tag}-per-tensor-nncf", "nncf", "static", False, calibration=method, **given))
+    if rules.whole_graph and facts.has_attention:  # slower, and more accurate where a whole graph loses too much
+        weighted = {**given, "operators": TRANSFORMER_OPERATORS, "calibration": method}
+        found.append(Variant("int8-static-weighted-per-channel-ort", "onnxruntime", "static", True, **weighted))
     found += [variant for name in config.weights for variant in _weights(name, config)]
     return [
         Variant(f"int8-{tag}-per-channel-ort", "onnxruntime", "static", True, calibration=method, **given),
@@ -139,7 +142,7 @@ def _weights(name: Literal["int8", "int4"], config: QuantizeStage) -> list[Varia
 def _operators(rules: QuantizationRules, facts: ModelFacts) -> tuple[str, ...] | None:
     if rules.weighted_only:
         return WEIGHTED_OPERATORS
-    if rules.integer_only:
+    if rules.whole:
         return None
     if facts.has_attention and not facts.has_convolutions:
         return TRANSFORMER_OPERATORS

@@ -44,8 +44,9 @@ def lint(model: ModelProto, rules: QuantizationRules) -> tuple[Problem, ...]:
                 quantized = True
                 found += [Problem(f"`{_name(node)}`", what) for what in _node(node, fixed, users, rules)]
     if quantized and rules.opset is not None and opset_of(model) < rules.opset:
-        what = f"is {opset_of(model)}; the target maps transformers whole only from opset {rules.opset} on"
-        found.append(Problem("the opset", what))
+        what = f"Erf is what Gelu is written with below opset {rules.opset}; the target leaves it to the CPU"
+        nodes = (node for _, graph in all_graphs(model.graph) for node in graph.node)
+        found += [Problem(f"`{_name(node)}`", what) for node in nodes if node.op_type == "Erf"]
     return tuple(found)
 
 
@@ -82,6 +83,8 @@ def _stored(
         return
     if kind in ("int4", "uint4"):
         return
+    if rules.weighted_only and not tensor.dims:
+        yield "dequantizes a stored scalar, which the target's compiler refuses; it takes a vector of one"
     readers = {user.op_type for user in users.get(node.output[0], []) if user.op_type in WEIGHTED}
     if readers and kind not in (rules.weight, "float32"):
         yield f"its weight is {kind}, the target takes {rules.weight}"

@@ -141,6 +141,11 @@ def _quantization(node: Any, graph: Graph) -> list[str]:
         return [
             f"uint8 is unsupported (with zero point 0 it would be computed as int8 and clip at 127); {_SYMMETRIC_INT8}"
         ]
+    stored = graph.constants.get(node.input[0])
+    if stored is not None and not stored.dims:
+        return [
+            "a quantized scalar is refused (the builder reshapes it before it dequantizes it); store a vector of one"
+        ]
     zero_point = graph.constants.get(node.input[2]) if len(node.input) > 2 else None
     if zero_point is not None and kind == "INT8" and np.any(_values(zero_point)):
         return [f"zero point is not 0; {_SYMMETRIC_INT8}"]
