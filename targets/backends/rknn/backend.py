@@ -67,8 +67,10 @@ class Rknn(TargetBackend):
         folder = out / f"{artifact.name.replace('/', '-')}-rknn"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        request = _request(artifact, shapes, folder, options)
-        reply = toolchain.call(TOOLCHAIN, {"action": "compile", **request}, _limits(options), f"{_WHAT} compiler")
+        kept = _request(artifact, shapes, folder, options)
+        request = {"action": "compile", **_placed_in(folder, kept)}
+        reply = toolchain.call(TOOLCHAIN, request, _limits(options), f"{_WHAT} compiler")
+        (folder / "request.json").write_text(json.dumps({**kept, "off": reply["off"]}, indent=1), encoding="utf-8")
         build = read_build(reply["log"])
         (folder / "build.log").write_text(reply["log"], encoding="utf-8")
         _refuse_custom(artifact, reply["custom"])
@@ -120,22 +122,22 @@ def _limits(options: RknnOptions) -> Limits:
 def _request(
     artifact: Artifact, shapes: Mapping[str, tuple[int, ...]], folder: Path, options: RknnOptions
 ) -> dict[str, Any]:
-    """What compiles the file, kept in ``folder`` with all that it needs, so that it can be built again."""
-    source_opset(artifact.path)
+    """What compiles the file; it is kept in ``folder`` with all that it needs, so that it can be built again."""
+    opset = source_opset(artifact.path)
     graph = read_static(artifact.path, shapes)
     with sdk_errors(CompileError, f"write `{artifact.name}` for {_WHAT}"):
-        write_onnx(graph, folder / "source.onnx")
+        write_onnx(graph, folder / "source.onnx", opset)
     kept: dict[str, Any] = {
         "chip": options.chip,
         "quantizer": options.quantizer,
         "optimisation": options.optimisation,
+        "seconds": options.timeout_s,
         "inputs": {name: list(shapes[name]) for name in graph.inputs},
         "outputs": list(graph.outputs),
     }
     if artifact.scheme.get("engine") == "target":
         kept["dataset"] = _calibration(artifact, shapes, folder / "calibration.npz")
-    (folder / "request.json").write_text(json.dumps(kept, indent=1), encoding="utf-8")
-    return _placed_in(folder, kept)
+    return kept
 
 
 def _placed_in(folder: Path, kept: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,7 +218,9 @@ def _notes(
         told = ", ".join(f"{name} x{count}" for name, count in uncounted.most_common(6))
         notes.append(f"the compiler gives no cycles for {told}")
     if off:
-        notes.append(f"rules of the toolkit that break on this model and were switched off: {', '.join(off)}")
+        notes.append(
+            f"rules of the toolkit that break on this model or undo each other and were switched off: {', '.join(off)}"
+        )
     return tuple(notes)
 
 

@@ -1,7 +1,8 @@
 """The ONNX file as RKNN-Toolkit2 reads it: fixed shapes, shape arithmetic folded, opset 19 at most.
 
-Between opsets 19 and 20 the standard changed one operator that networks are made of: Gelu became an operator. It is
-written as the chain of Erf that it stands for (the compiler fuses that again).
+Nodes stay as the file has them, and so does an opset of 19 or lower. Between opsets 19 and 20 the standard changed one
+operator that networks are made of: Gelu became an operator. It is written as the chain of Erf that it stands for (the
+compiler fuses that again).
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from targets.static_graph import Graph, Node
 
 OPSET = 19
 NEWEST = 20  # that can be written as OPSET
-_AXES_AS_INPUT = frozenset({"ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2"})  # since opset 18
 _SAID_OF_NODES = {"LayerNormalization": {"epsilon": 1e-5}}  # defaults that the toolkit wants to see written
 
 
@@ -37,8 +37,8 @@ def source_opset(path: Path) -> int:
     return opset
 
 
-def write_onnx(graph: Graph, path: Path) -> None:
-    """Write a static graph as an ONNX file that the toolkit reads."""
+def write_onnx(graph: Graph, path: Path, opset: int = OPSET) -> None:
+    """Write a static graph, read from a file of ``opset``, as an ONNX file that the toolkit reads."""
     import onnx
     from onnx import helper, numpy_helper
 
@@ -62,7 +62,7 @@ def write_onnx(graph: Graph, path: Path) -> None:
         [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items() if name in used],
         value_info=[value(name) for node in nodes for name in node.output if name in graph.types],
     )
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", min(opset, OPSET))], ir_version=9)
     onnx.save(model, str(path))
 
 
@@ -80,12 +80,6 @@ def _lowered(node: Node, constants: dict[str, Any]) -> Iterator[Node]:
             f"node `{node.name}`: {node.operator} is no operator of the ONNX standard",
             hint="Export the model without it, or use another target.",
         )
-    if node.operator in _AXES_AS_INPUT and "axes" in node.attributes:
-        name = f"{node.name}/axes"
-        constants[name] = np.asarray(node.attributes["axes"], np.int64)
-        rest = {key: item for key, item in node.attributes.items() if key != "axes"}
-        yield Node(node.operator, node.name, (node.input(0), name), node.outputs, rest)
-        return
     if node.operator != "Gelu":
         yield node
         return

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -19,12 +20,14 @@ from typing import Any
 
 import numpy as np
 
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+from targets.backends.rknn.watch import COLOURS, Stuck, watched
+
 _SWITCH_OFF = re.compile(r"disable_rules=\['([\w.-]+)'\]")  # what the toolkit advises when one of its rules breaks
 _CUSTOM = re.compile(r"No lowering found for: (.+?), node type = (\w+), use CustomOperatorLower")
-_RAISED = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception)): ", re.MULTILINE)
+_RAISED = re.compile(r"^(?:(?:\w+\.)*(\w*(?:Error|Exception))|(?:\w+\.)+(\w+)): ", re.MULTILINE)
 _PASSES = re.compile(r"^D (\w+) \.\.\.$", re.MULTILINE)
 _MOST_OFF = 5  # beyond, what is left of the toolkit's rules was seen to run in circles
+_SHARE = 0.9  # of the time limit, so that the reason comes out before the process is stopped
 _loaded: dict[str, Any] = {}
 
 
@@ -49,16 +52,17 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _build(request: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Build and export; a rule of the toolkit that breaks on this model is switched off, as the toolkit advises."""
-    off: list[str] = []
+    """Build and export; a rule of the toolkit that breaks on this model or runs in circles is switched off."""
+    off, deadline = list(request.get("off", ())), time.monotonic() + _SHARE * float(request["seconds"])
     while True:
         log: list[str] = []
         try:
-            with _captured(log):
+            with _captured(log) as stream, watched(stream, deadline):
                 rknn = _attempt(request, off)
-        except (Exception, SystemExit) as error:
-            rule = next(iter(reversed(_SWITCH_OFF.findall("".join(log)))), None)
-            if rule is None or rule in off or len(off) >= _MOST_OFF:
+        except (Exception, SystemExit, Stuck) as error:
+            advised = error.rules if isinstance(error, Stuck) else _SWITCH_OFF.findall("".join(log))[-1:]
+            rule = next((name for name in advised if name not in off), None)
+            if rule is None or len(off) >= _MOST_OFF:
                 raise Refused(_reason(error, "".join(log))) from error
             off.append(rule)
             continue
@@ -104,9 +108,11 @@ def _check(code: int, doing: str) -> None:
 
 def _reason(error: BaseException, log: str) -> str:
     """The toolkit's errors carry whole tracebacks as their text: what stands after them, and the pass it was in."""
-    text = _COLOURS.sub("", str(error)).strip()
+    if isinstance(error, Stuck):
+        return error.said
+    text = COLOURS.sub("", str(error)).strip()
     found = list(_RAISED.finditer(text))
-    kind, said = (found[-1][1], text[found[-1].end() :]) if found else (type(error).__name__, text)
+    kind, said = (found[-1][1] or found[-1][2], text[found[-1].end() :]) if found else (type(error).__name__, text)
     told = " ".join(said.split())[:600]
     if kind in ("ValueError", "Refused"):
         return told or kind
@@ -115,22 +121,22 @@ def _reason(error: BaseException, log: str) -> str:
 
 
 @contextlib.contextmanager
-def _captured(log: list[str]) -> Iterator[None]:
-    """What Python and C code print meanwhile goes into ``log``."""
+def _captured(log: list[str]) -> Iterator[int]:
+    """What Python and C code print meanwhile goes into ``log`` at the end; before, it lies in the given descriptor."""
     _flush()
     kept = [os.dup(1), os.dup(2)]
     with tempfile.TemporaryFile() as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
         try:
-            yield
+            yield stream.fileno()
         finally:
             _flush()
             for number, saved in zip((1, 2), kept, strict=True):
                 os.dup2(saved, number)
                 os.close(saved)
             stream.seek(0)
-            log.append(_COLOURS.sub("", stream.read().decode("utf-8", "replace")))
+            log.append(COLOURS.sub("", stream.read().decode("utf-8", "replace")))
 
 
 def _flush() -> None:
@@ -187,6 +193,7 @@ def _smoke() -> dict[str, Any]:
             "chip": "rk3588",
             "quantizer": "normal",
             "optimisation": 3,
+            "seconds": 600,
             "inputs": {"x": [1, 1, 4, 4]},
             "outputs": ["y"],
         }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from compressor.errors import CompileError
 from compressor.profile import load_profile
@@ -22,6 +24,7 @@ from targets.backends.rknn.backend import BOARD, Rknn
 from targets.backends.rknn.log import read_build
 from targets.backends.rknn.model import OPSET, source_opset, write_onnx
 from targets.backends.rknn.options import options_of
+from targets.backends.rknn.watch import Stuck, circle_of, watched
 from targets.base import Missing
 from targets.static_graph import read_static
 from tests.unit.targets.conftest import artifact, images
@@ -88,6 +91,85 @@ def test_a_file_that_is_too_new_is_refused(tmp_path):
     with pytest.raises(CompileError, match="opset 21") as caught:
         source_opset(gelu_model(tmp_path / "m.onnx", 21))
     assert "opset 20" in caught.value.hint
+
+
+def reduced(path: Path, opset: int) -> Path:
+    """Mean over the last axis, as opsets before 18 say it: by an attribute."""
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", [1, 4]), ("y", [1]))
+    ]
+    node = helper.make_node("ReduceMean", ["x"], ["y"], "mean", axes=[1], keepdims=0)
+    graph = helper.make_graph([node], "g", ends[:1], ends[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9), path)
+    return path
+
+
+def test_an_older_file_keeps_the_opset_that_its_nodes_are_written_in(tmp_path):
+    path = reduced(tmp_path / "m.onnx", 17)
+    write_onnx(read_static(path, {"x": (1, 4)}), tmp_path / "n.onnx", source_opset(path))
+    onnx.checker.check_model(str(tmp_path / "n.onnx"), full_check=True)
+    answer = onnxruntime.InferenceSession(str(tmp_path / "n.onnx")).run(None, {"x": np.float32([[1, 2, 3, 6]])})[0]
+    assert answer.tolist() == [3.0]
+
+
+CIRCLE = """D     unsqueeze_to_4d_transpose: remove node = [], add node = ['rs#1', 'rs_sw']
+D     swap_reshape_transpose_v2: remove node = ['rs#1', 'tp'], add node = ['tp', 'rs']
+D     bypass_two_reshape: remove node = ['rs', 'rs_sw']
+"""
+
+
+def test_rules_that_undo_each_other_are_seen_in_the_log():
+    progress = "".join(f"D     fold_constant: remove node = ['n{number}']\n" for number in range(400))
+    assert circle_of(progress) is None
+    assert circle_of(progress + CIRCLE * 50) is None  # not long enough to be sure
+    stuck = circle_of(progress + CIRCLE * 200)
+    assert stuck is not None
+    assert stuck.rules == (
+        "swap_reshape_transpose_v2",
+        "unsqueeze_to_4d_transpose",
+    )  # what only removes is not to blame
+    assert "around rs, rs#1, rs_sw, tp" in stuck.said
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"), [(CIRCLE * 200, "undo each other"), ("D fuse_ops ...\n", "D fuse_ops ...")]
+)
+def test_a_build_that_does_not_end_is_left(said, reason):
+    def build() -> None:
+        with watched(log.fileno(), time.monotonic()):
+            while True:
+                time.sleep(0.01)
+
+    with tempfile.TemporaryFile() as log:
+        log.write(said.encode())
+        log.flush()
+        with pytest.raises(Stuck, match=reason):
+            build()
+
+
+def test_a_quantized_input_of_three_dimensions_compiles(tmp_path):
+    """RKNN-Toolkit2 2.5.0 rewrites such a graph for ever: a rule is switched off, and the notes say so."""
+    target = ready()
+    stored = {"s": np.float32(0.03), "z": np.uint8(128), "w": np.ones((8, 8), np.int8), "ws": np.float32(0.01)}
+    stored["wz"] = np.int8(0)
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], "q"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], "d"),
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wd"], "wd"),
+        helper.make_node("MatMul", ["d", "wd"], ["m"], "product"),
+        helper.make_node("QuantizeLinear", ["m", "s", "z"], ["mq"], "mq"),
+        helper.make_node("DequantizeLinear", ["mq", "s", "z"], ["y"], "y"),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 6, 8]) for name in ("x", "y")]
+    constants = [numpy_helper.from_array(np.asarray(value), name) for name, value in stored.items()]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], constants)
+    path = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    specs = tuple((TensorSpec(name, "float32", ("batch", 6, 8)),) for name in ("x", "y"))
+    given = Artifact("student/int8", "student", path, Format.ONNX, "int8", *specs, file_digest(path), 0)
+    compiled = target.compile(given, load_profile("rockchip-rk3566"), tmp_path / "out")
+    assert compiled.notes[-1].endswith("were switched off: swap_reshape_transpose_v2")
+    assert json.loads((compiled.path.parent / "request.json").read_text())["off"] == ["swap_reshape_transpose_v2"]
 
 
 def test_rockchips_quantizer_takes_our_samples_and_the_simulator_runs_the_plan(models, tmp_path):
