@@ -119,12 +119,12 @@ def _stored(
     }
 
     def work(folder: Path) -> StageOutput:
-        from compressor.quantize.promise import fit_size
+        from compressor.quantize.promise import Prospect, fit_size
 
         calibration, record = calibration_of(run, stage.samples)
         bases = _bases(run, student, stage, profile, made)
-        out, trials = folder / MODEL_FILE, stage.trials
-        found = fit_size(bases, storable(profile), calibration, scorer, floor, budget, out, trials=trials)
+        prospects = [Prospect(base, storable(profile), calibration) for base in bases]
+        found = fit_size(prospects, scorer, floor, budget, folder / MODEL_FILE, trials=stage.trials)
         scheme = {**found.artifact.scheme, "precision": found.artifact.precision, "calibrated on": record}
         (folder / "scheme.json").write_text(json.dumps(scheme, indent=1))
         metrics: dict[str, float | int | str] = {

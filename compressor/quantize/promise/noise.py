@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from compressor.quantize.watch import FLOATS, Calibration, Noise
 from compressor.types import Array
 
 Answers = list[dict[str, Array]]
+PRECISIONS = ("int4", "int8", "fp16", "fp32")  # the smallest first
 HALF_LARGEST = float(np.finfo(np.float16).max)
 
 
@@ -27,7 +29,6 @@ class Item:
     """One layer and the precisions that it may take, the smallest first. ``weight`` is that of the 8-bit file."""
 
     layer: str
-    operator: str
     weight: Weight
     options: tuple[Option, ...]
 
@@ -39,15 +40,26 @@ class Prospect:
     """All layers of one base with bytes and noise of each precision; 4-bit forms are made once."""
 
     def __init__(self, base: Base, precisions: Sequence[str], calibration: Calibration) -> None:
-        self.base, self.precisions = base, tuple(precisions)
-        self._calibration, self._packed = calibration, dict[str, tuple[Array, Packed]]()
-        self._model = base.eight_bits({})
-        self._operators = {node.name: node.op_type for node in base.model.graph.node}
-        self._tensors = {tensor.name: tensor for tensor in self._model.graph.initializer}
-        self.weights = eight_bit_weights(self._model, set(base.layers))
-        if not self.weights:
-            raise StageError("it has no 8-bit weights that could be stored otherwise", hint="Raise `max_size_mib`.")
+        self.base, self.calibration = base, calibration
+        self.precisions = tuple(name for name in PRECISIONS if name in precisions)
+        self._packed: dict[str, tuple[Array, Packed]] = {}
         self._grams: Mapping[str, Array] = {}
+
+    @cached_property
+    def weights(self) -> tuple[Weight, ...]:
+        """All that may be stored otherwise. Raises :class:`StageError` when there is nothing."""
+        found = eight_bit_weights(self._model, set(self.base.layers))
+        if not found:
+            raise StageError("it has no 8-bit weights that could be stored otherwise", hint="Raise `max_size_mib`.")
+        return found
+
+    @cached_property
+    def _model(self) -> ModelProto:
+        return self.base.eight_bits({})
+
+    @cached_property
+    def _tensors(self) -> dict[str, TensorProto]:
+        return {tensor.name: tensor for tensor in self._model.graph.initializer}
 
     def smallest(self) -> dict[str, str]:
         """The choice with the fewest bytes."""
@@ -62,12 +74,13 @@ class Prospect:
             self._packed[weight.name] = tensor, made
         return self._packed[weight.name][1]
 
+    @cached_property
     def items(self) -> tuple[Item, ...]:
         """Measured: outputs on calibration data with one layer changed at a time."""
         if "int4" in self.precisions:
-            self._packed.clear()
-            self._grams = grams(self._model, self.weights, self._calibration)
-        batches = first_batches(self._calibration)
+            self._grams = grams(self._model, self.weights, self.calibration)
+            self._packed = {name: made for name, made in self._packed.items() if name not in self._grams}
+        batches = first_batches(self.calibration)
         wanted = answers(self.base.model, batches)
         eight = answers(self._model, batches)
         known = self.base.known_noise()
@@ -111,7 +124,7 @@ class Prospect:
         if "int4" in self.precisions:
             costs["int4"] = size_of(written(self.packed(weight, self._array(weight)), weight.name, "w0."))
         options = [Option(name, costs[name], noise[name]) for name in self.precisions if name in costs]
-        return Item(weight.layer, self._operators[weight.layer], weight, tuple(options))
+        return Item(weight.layer, weight, tuple(options))
 
 
 def _framed(tensor: TensorProto) -> int:

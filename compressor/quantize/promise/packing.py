@@ -30,6 +30,7 @@ MOST_INPUTS = 4096  # of a layer whose errors are spread: a Cholesky factor of t
 OPSET = 21  # the first with INT4
 IR = 10
 LOWEST, HIGHEST = -8, 7
+CHUNK = 1 << 16  # values looked at together
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,11 @@ def pack(tensor: Array, zero: int, *, inputs_first: bool = False, gram: Array | 
 
 def _factors(rows: Array) -> Array:
     """The integer factor (N, G, 1) of each group whose nearest codes lose least."""
+    step = max(1, CHUNK // max(1, rows[0].size))  # what the processor's cache holds: several times as fast
+    return np.concatenate([_best_factors(rows[start : start + step]) for start in range(0, len(rows), step)])
+
+
+def _best_factors(rows: Array) -> Array:
     peak = np.abs(rows).max(axis=2, keepdims=True)
     best = np.ones_like(peak)
     least = np.full(peak.shape, np.inf, np.float32)

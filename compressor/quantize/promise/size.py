@@ -14,16 +14,14 @@ from compressor.errors import StageError, sdk_errors
 from compressor.models.onnx_graph import name_nodes, opset_of, save_model
 from compressor.quantize.promise.bases import Base, FloatBase
 from compressor.quantize.promise.knapsack import Option, allocate
-from compressor.quantize.promise.noise import Item, Prospect, put_first
+from compressor.quantize.promise.noise import PRECISIONS, Item, Prospect, put_first
 from compressor.quantize.promise.packing import IR, OPSET, halved, size_of, written
 from compressor.quantize.promise.restore import ROUNDING
 from compressor.quantize.promise.stored import eight_bit_weights
 from compressor.quantize.ptq import prove
-from compressor.quantize.watch import Calibration
 from compressor.types import Artifact, LayerFact, file_digest
 
 NAME = "mixed-size-ort"
-PRECISIONS = ("int4", "int8", "fp16", "fp32")  # the smallest first
 FLOATING = ("fp16", "fp32")
 ROUNDS = 6  # allocations whose real size is looked at, for one trial
 MIB = 2**20
@@ -49,7 +47,7 @@ class Sized:
     score: float
     holds: bool
     choice: Choice
-    items: tuple[Item, ...]
+    prospect: Prospect
     pieces: Mapping[str, int]
     trials: tuple[tuple[str, int, float, float], ...]
 
@@ -59,7 +57,6 @@ class _Made:
     """One file under the budget."""
 
     prospect: Prospect
-    items: tuple[Item, ...]
     choice: dict[str, str]
     path: Path
     pieces: dict[str, int]
@@ -68,13 +65,11 @@ class _Made:
 
     @property
     def noise(self) -> float:
-        return sum(item.option(self.choice[item.layer]).noise for item in self.items)
+        return sum(item.option(self.choice[item.layer]).noise for item in self.prospect.items)
 
 
 def fit_size(
-    bases: Sequence[Base],
-    precisions: Sequence[str],
-    calibration: Calibration,
+    prospects: Sequence[Prospect],
     score: Score,
     floor: float,
     budget: int,
@@ -85,52 +80,40 @@ def fit_size(
     """Write ``out`` of at most ``budget`` bytes whose ``score`` (on the validation split) is at least ``floor``, or as
     high as ``trials`` files allow.
 
-    Bases come in order of speed. On each of them every layer is measured in each of ``precisions``, the knapsack of
-    noise against bytes is solved, the file is written, and the budget of the next solution is corrected by what its
-    real size shows. Layers go to float in an int8 file, and a later base is tried, only where the floor is missed
-    without: both cost time. The trials that are left go to neighbours of the best file: the layer that brings most
+    ``prospects`` are bases with their layers, the fastest first. On each of them the knapsack of noise against bytes is
+    solved, the file is written, and the budget of the next solution is corrected by what its real size shows. Layers go
+    to float in an int8 file, and a later base is tried, only where the floor is missed without: both cost time.
+    The trials that are left go to neighbours of the best file: the layer that brings most
     noise may not keep its precision, and the knapsack is solved again.
 
     Raises:
         TooSmall: no mixture has so few bytes on any base.
         StageError: no base has layers to choose between.
     """
-    if not bases:
+    if not prospects:
         raise StageError("there is no int8 file to start from", hint="See why none was made.")
-    search = _Search(precisions, calibration, score, floor, budget, out, trials)
-    return search.run(bases)
+    return _Search(score, floor, budget, out, trials).run(prospects)
 
 
 class _Search:
-    def __init__(
-        self,
-        precisions: Sequence[str],
-        calibration: Calibration,
-        score: Score,
-        floor: float,
-        budget: int,
-        out: Path,
-        trials: int,
-    ) -> None:
-        self.precisions = tuple(name for name in PRECISIONS if name in precisions)
-        self.calibration, self.judge, self.floor = calibration, score, floor
-        self.budget, self.out, self.left = budget, out, trials
+    def __init__(self, score: Score, floor: float, budget: int, out: Path, trials: int) -> None:
+        self.judge, self.floor, self.budget, self.out, self.left = score, floor, budget, out, trials
         self.log: list[tuple[str, int, float, float]] = []
         self.count = 0
         self.scratch: list[Path] = []
 
-    def run(self, bases: Sequence[Base]) -> Sized:
+    def run(self, prospects: Sequence[Prospect]) -> Sized:
         try:
-            return self._told(self._neighbours(self._best(bases)))
+            return self._told(self._neighbours(self._best(prospects)))
         finally:
             for path in self.scratch:
                 path.unlink(missing_ok=True)
 
-    def _best(self, bases: Sequence[Base]) -> _Made:
+    def _best(self, prospects: Sequence[Prospect]) -> _Made:
         best, failures = None, list[StageError]()
-        for base in bases:
+        for prospect in prospects:
             try:
-                for made in self._files(base) if self.left and not self._holds(best) else ():
+                for made in self._files(prospect) if self.left and not self._holds(best) else ():
                     best = made if best is None or made.score > best.score + ROUNDING else best
             except StageError as error:
                 failures.append(error)
@@ -138,39 +121,37 @@ class _Search:
             raise min(failures, key=lambda error: error.smallest if isinstance(error, TooSmall) else 2**62)
         return best
 
-    def _files(self, base: Base) -> Iterator[_Made]:
+    def _files(self, prospect: Prospect) -> Iterator[_Made]:
         """The best file of a base whose layers stay in int8 kernels; and, where it misses the floor, of all files."""
-        prospect = self._prospect(base)
-        items = prospect.items()
-        slow = {(item.layer, kind) for item in items for kind in FLOATING if base.floats_cost_time}
-        made = self._scored(self._fitted(prospect, items, slow))
+        self._refuse(prospect)
+        costly = FLOATING if prospect.base.floats_cost_time else ()
+        slow = {(item.layer, kind) for item in prospect.items for kind in costly}
+        made = self._scored(self._fitted(prospect, slow))
         yield made
         if slow and self.left and not self._holds(made):
-            free = self._fitted(prospect, items, set())
+            free = self._fitted(prospect, set())
             if free.choice != made.choice:
                 yield self._scored(free)
 
     def _holds(self, made: _Made | None) -> bool:
         return made is not None and made.score >= self.floor - ROUNDING
 
-    def _prospect(self, base: Base) -> Prospect:
-        """A base's layers, once its smallest file is known to fit."""
-        prospect = Prospect(base, self.precisions, self.calibration)
-        smallest = self._written(prospect, prospect.smallest())[0]
-        size = smallest.stat().st_size
+    def _refuse(self, prospect: Prospect) -> None:
+        """Nothing is measured where not even the smallest file fits."""
+        size = self._written(prospect, prospect.smallest())[0].stat().st_size
         if size > self.budget:
-            where = f"{self.precisions[0]} wherever it can be; {base.computes}"
+            where = f"{prospect.precisions[0]} wherever it can be; {prospect.base.computes}"
             found = TooSmall(
                 f"the smallest file has {size / MIB:.3f} MiB ({where}), {self.budget / MIB:.3f} are allowed",
                 hint="Allow more, prune the student, or take a smaller one.",
             )
             found.smallest = size
             raise found
-        return prospect
 
-    def _fitted(self, prospect: Prospect, items: tuple[Item, ...], banned: set[tuple[str, str]]) -> _Made:
+    def _fitted(self, prospect: Prospect, banned: set[tuple[str, str]]) -> _Made:
         """The solution with the least noise whose real file keeps the budget."""
-        allowed = self.budget - self._rest(prospect, items)
+        items = prospect.items
+        allowed = self.budget - self._rest(prospect)
         best, seen = None, set[tuple[str, ...]]()
         for _ in range(ROUNDS):
             options = [self._options(item, banned) for item in items]
@@ -186,7 +167,7 @@ class _Search:
                 break
             seen.add(key)
             path, pieces = self._written(prospect, choice)
-            made = _Made(prospect, items, choice, path, pieces, banned=banned)
+            made = _Made(prospect, choice, path, pieces, banned=banned)
             spare = self.budget - path.stat().st_size
             if spare >= 0 and (best is None or made.noise < best.noise):
                 best = made
@@ -195,11 +176,10 @@ class _Search:
             raise TooSmall("no mixture keeps the budget", hint="Allow more, or take a smaller student.")
         return best
 
-    def _rest(self, prospect: Prospect, items: tuple[Item, ...]) -> int:
-        """Bytes of a file that are no layer's weight: seen on the smallest one, which was written."""
+    def _rest(self, prospect: Prospect) -> int:
+        """Bytes of a file that are no layer's weight: seen on the smallest one."""
         path, pieces = self._written(prospect, prospect.smallest())
-        layers = {item.layer for item in items}
-        return path.stat().st_size - sum(size for layer, size in pieces.items() if layer in layers)
+        return path.stat().st_size - sum(pieces.values())
 
     def _options(self, item: Item, banned: set[tuple[str, str]]) -> tuple[Option, ...]:
         left = tuple(option for option in item.options if (item.layer, option.precision) not in banned)
@@ -216,7 +196,7 @@ class _Search:
 
     def _scored(self, made: _Made) -> _Made:
         self.left -= 1
-        prove(made.prospect.base.source.path, made.path, self.calibration)
+        prove(made.prospect.base.source.path, made.path, made.prospect.calibration)
         source = made.prospect.base.source
         artifact = dataclasses.replace(source, path=made.path, digest=file_digest(made.path), name=NAME)
         made.score = self.judge(artifact)
@@ -230,7 +210,7 @@ class _Search:
         while waiting and self.left and not self._holds(best):
             move = waiting.pop(0)
             try:
-                made = self._fitted(best.prospect, best.items, best.banned | {move})
+                made = self._fitted(best.prospect, best.banned | {move})
             except TooSmall:
                 continue
             if made.choice == best.choice:
@@ -240,7 +220,7 @@ class _Search:
         return best
 
     def _loudest(self, made: _Made) -> list[tuple[str, str]]:
-        rows = [(made_noise(item, made.choice), item.layer, made.choice[item.layer]) for item in made.items]
+        rows = [(made_noise(item, made.choice), item.layer, made.choice[item.layer]) for item in made.prospect.items]
         return [(layer, precision) for noise, layer, precision in sorted(rows, reverse=True) if noise > 0]
 
     def _told(self, best: _Made) -> Sized:
@@ -253,7 +233,7 @@ class _Search:
             digest=file_digest(self.out),
             precision="mixed-size",
         )
-        told = Sized(artifact, best.score, self._holds(best), best.choice, best.items, best.pieces, tuple(self.log))
+        told = Sized(artifact, best.score, self._holds(best), best.choice, best.prospect, best.pieces, tuple(self.log))
         scheme = _scheme(told, best.prospect.base, self.budget, self.floor)
         facts = (*_facts(told, best.prospect.base), *_layers(told, best.prospect.base))
         return dataclasses.replace(told, artifact=dataclasses.replace(artifact, scheme=scheme, facts=facts))
@@ -326,9 +306,9 @@ def _facts(found: Sized, base: Base) -> tuple[LayerFact, ...]:
     """A row a layer with its bytes and why it has them, and one for all other bytes: together they are the file."""
     rows = [
         LayerFact("size", item.layer, "stored", "float32", found.choice[item.layer], _why(item, found, base))
-        for item in found.items
+        for item in found.prospect.items
     ]
-    rest = found.artifact.file_bytes - sum(found.pieces[item.layer] for item in found.items)
+    rest = found.artifact.file_bytes - sum(found.pieces[item.layer] for item in found.prospect.items)
     told = f"{rest:,} bytes: nodes, scales, biases and small weights"
     return (*rows, LayerFact("size", "(everything else)", "stored", "float32", "as in the base", told))
 

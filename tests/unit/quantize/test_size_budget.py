@@ -10,9 +10,9 @@ from onnx import numpy_helper
 from compressor.errors import StageError
 from compressor.profile import QuantizationRules
 from compressor.quantize import Variant, quantize
-from compressor.quantize.promise import FloatBase, IntegerBase, TooSmall, fit_size
+from compressor.quantize.promise import FloatBase, IntegerBase, Prospect, TooSmall, fit_size
 from compressor.quantize.promise.knapsack import UNITS, Option, allocate
-from compressor.quantize.promise.noise import Prospect, answers, put_first, replaced
+from compressor.quantize.promise.noise import answers, put_first, replaced
 from compressor.quantize.promise.packing import block_of, pack, written
 from compressor.quantize.promise.size import compose
 from compressor.quantize.promise.stored import eight_bit_weights, grams
@@ -197,7 +197,7 @@ def test_the_file_keeps_the_budget_and_its_facts_add_up(picture, tmp_path, share
     budget = int(share * source.file_bytes)
     score = closeness(source, onnx_models.images(32, seed=5))
     base = IntegerBase(source, STATIC, made, CPU, images, None)
-    found = fit_size([base], ALL, images, score, -1.0, budget, tmp_path / "sized.onnx")
+    found = fit_size([Prospect(base, ALL, images)], score, -1.0, budget, tmp_path / "sized.onnx")
     assert found.artifact.file_bytes <= budget
     assert found.artifact.name == "student/mixed-size-ort"
     rows = [fact for fact in found.artifact.facts if fact.stage == "size"]
@@ -214,10 +214,10 @@ def test_the_file_keeps_the_budget_and_its_facts_add_up(picture, tmp_path, share
 def test_more_bytes_never_mean_more_predicted_noise(picture, tmp_path):
     source, _ = picture
     score = closeness(source, onnx_models.images(8, seed=5))
-    noises = []
+    floats, noises = Prospect(FloatBase(source), ALL, images), []
     for share in (0.3, 0.4, 0.6):
         budget = int(share * source.file_bytes)
-        found = fit_size([FloatBase(source)], ALL, images, score, -1.0, budget, tmp_path / "sized.onnx")
+        found = fit_size([floats], score, -1.0, budget, tmp_path / "sized.onnx")
         assert found.artifact.file_bytes <= budget
         noises.append(found.trials[-1][2])
     assert noises == sorted(noises, reverse=True)
@@ -229,9 +229,10 @@ def test_layers_stay_in_int8_kernels_unless_the_promise_needs_float(picture, tmp
     score = closeness(source, onnx_models.images(32, seed=5))
     base = IntegerBase(source, STATIC, made, CPU, images, None)
     budget = int(0.5 * source.file_bytes)
-    loose = fit_size([base], ALL, images, score, 0.0, budget, tmp_path / "loose.onnx")
+    loose = fit_size([Prospect(base, ALL, images)], score, 0.0, budget, tmp_path / "loose.onnx")
     assert set(loose.choice.values()) <= {"int4", "int8"}
-    tight = fit_size([base, FloatBase(source)], ALL, images, score, 2.0, budget, tmp_path / "tight.onnx", trials=5)
+    both = [Prospect(base, ALL, images), Prospect(FloatBase(source), ALL, images)]
+    tight = fit_size(both, score, 2.0, budget, tmp_path / "tight.onnx", trials=5)
     assert not tight.holds
     assert len(tight.trials) <= 5
     assert {name for name, *_ in tight.trials} == {"int8-static-per-channel-ort", "float32"}
@@ -243,7 +244,7 @@ def test_tables_and_products_of_a_dynamic_file(text, tmp_path):
     score = closeness(source, onnx_models.tokens(32, seed=8))
     base = IntegerBase(source, DYNAMIC, made, CPU, texts, None)
     budget = int(0.17 * source.file_bytes)
-    found = fit_size([base], ALL, texts, score, -1.0, budget, tmp_path / "sized.onnx")
+    found = fit_size([Prospect(base, ALL, texts)], score, -1.0, budget, tmp_path / "sized.onnx")
     assert found.artifact.file_bytes <= budget < made.file_bytes
     assert "e_Gather" in found.choice
     assert {"q_MatMul", "f2_MatMul"} <= set(found.choice)
@@ -279,22 +280,24 @@ def test_pairs_of_a_static_text_file_are_found_as_well(text, tmp_path):
 def test_nothing_fits_and_the_smallest_is_named(picture, tmp_path):
     source, made = picture
     base = IntegerBase(source, STATIC, made, CPU, images, None)
+    both = [Prospect(base, ALL, images), Prospect(FloatBase(source), ALL, images)]
     with pytest.raises(TooSmall, match=r"the smallest file has .* MiB .* are allowed") as caught:
-        fit_size([base, FloatBase(source)], ALL, images, lambda _: 1.0, 0.0, 2000, tmp_path / "sized.onnx")
+        fit_size(both, lambda _: 1.0, 0.0, 2000, tmp_path / "sized.onnx")
     assert 2000 < caught.value.smallest < made.file_bytes
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(StageError, match="no int8 file"):
-        fit_size([], ALL, images, lambda _: 1.0, 0.0, 2000, tmp_path / "sized.onnx")
+        fit_size([], lambda _: 1.0, 0.0, 2000, tmp_path / "sized.onnx")
 
 
 def test_a_profile_without_four_bits_has_none(picture, tmp_path):
     source, made = picture
     base = IntegerBase(source, STATIC, made, CPU, images, None)
+    coarse = Prospect(base, ("int8", "fp32"), images)
     budget = int(0.6 * source.file_bytes)
-    found = fit_size([base], ("int8", "fp32"), images, lambda _: 1.0, 0.0, budget, tmp_path / "sized.onnx")
+    found = fit_size([coarse], lambda _: 1.0, 0.0, budget, tmp_path / "sized.onnx")
     assert set(found.choice.values()) == {"int8"}
     with pytest.raises(TooSmall):
-        fit_size([base], ("int8", "fp32"), images, lambda _: 1.0, 0.0, made.file_bytes - 100, tmp_path / "sized.onnx")
+        fit_size([coarse], lambda _: 1.0, 0.0, made.file_bytes - 100, tmp_path / "sized.onnx")
 
 
 def test_parts_stand_before_what_reads_them(picture):
