@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 from compressor.errors import ConfigError
 from compressor.profile import HardwareProfile
 from compressor.types import Array, Artifact, Format, Measurement, Origin
+from targets.static_graph import UNQUANTIZED as UNQUANTIZED
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,6 @@ class Missing:
 
     reason: str
     hint: str
-
-
-UNQUANTIZED = "the file is not quantized"  # reason of a node in which nothing was to be integer
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from compressor.types import Array, TensorSpec
 
 # Passes that would fence quantized operators in with reshapes and transposes or scatter DequantizeLinear nodes.
 _UNWANTED = ["TransposeOptimizer", "MatMulAddFusion", "QDQPropagationTransformer", "EnsureUniqueDQForNodeUnit"]
+UNQUANTIZED = "the file is not quantized"  # reason of a node in which nothing was to be integer; workers read it here
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
 

@@ -16,8 +16,7 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 from torch import Tensor
 
 from compressor.errors import CompileError
-from targets.base import UNQUANTIZED
-from targets.static_graph import DEQUANTIZE, QUANTIZE, Graph, Node
+from targets.static_graph import DEQUANTIZE, QUANTIZE, UNQUANTIZED, Graph, Node
 
 _decomposed = torch.ops.quantized_decomposed
 _LOW, _HIGH = -128, 127
