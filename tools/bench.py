@@ -294,6 +294,18 @@ def fashion_mnist_exits(work: Path) -> None:
     run_recipe("fashion-mnist-exits", work, *words)
 
 
+def text_tokens(work: Path) -> None:
+    """Whole reviews, half of whose tokens end after the second block, taught by the teacher that reads all of them."""
+    run_recipe("text-tokens", work, "recipes/text-tokens.toml")
+
+
+def everywhere(work: Path) -> None:
+    """Both students on every device that has a profile: one report each."""
+    vision = ["recipes/fashion-mnist-everywhere.toml", "--model", "examples.fashion_mnist.model:teacher"]
+    run_recipe("fashion-mnist-everywhere", work, *vision, "--profile", "all")
+    run_recipe("movie-reviews-everywhere", work, "recipes/movie-reviews-everywhere.toml", "--profile", "all")
+
+
 def qat(_work: Path) -> None:
     """Quantization-aware training with a teacher, with labels, and none; scores stay under build/qat."""
     command([sys.executable, "-m", "tools.bench_qat", "--out", str(EVIDENCE / "qat.md")])
@@ -332,6 +344,8 @@ SECTIONS: dict[str, Callable[[Path], None]] = {
     "token-drop": token_drop,
     "transplant": transplant,
     "fashion-mnist-exits": fashion_mnist_exits,
+    "text-tokens": text_tokens,
+    "everywhere": everywhere,
 }
 
 
