@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from targets.static_graph import Graph, Node
+from targets.static_graph import DEQUANTIZE, Graph, Node, pruned
 
 _CLOSE = 1e-4  # relative: constants are rounded to float32 or bfloat16 by exporters
 
@@ -33,7 +33,7 @@ def with_gelu(graph: Graph) -> Graph:
     if not ends:
         return graph
     nodes = tuple(ends.get(node.name, node) for node in graph.nodes if node.name not in gone)
-    return replace(graph, nodes=nodes)
+    return pruned(replace(graph, nodes=nodes))
 
 
 def _chain(
@@ -50,15 +50,23 @@ def _chain(
         return None
     other = next((name for name in product.inputs if name != plus.outputs[0]), "")
     inner = {scaled.name, erf.name, plus.name}
-    if other == source:
+    if _same(makers, other, source):
         half = _only_reader(product, readers)
         if half is None or _times(graph, half, 0.5) != product.outputs[0]:
             return None
         return half, source, inner | {product.name}
     before = makers.get(other)
-    if before is not None and _times(graph, before, 0.5) == source and _only_reader(before, readers) is product:
+    halved = _times(graph, before, 0.5) if before is not None else None
+    if before is not None and halved and _same(makers, halved, source) and _only_reader(before, readers) is product:
         return product, source, inner | {before.name}
     return None
+
+
+def _same(makers: Mapping[str, Node], first: str, second: str) -> bool:
+    """One tensor, or two DequantizeLinear of one: ONNX Runtime's optimiser gives some readers one of their own."""
+    one, other = makers.get(first), makers.get(second)
+    alike = one is not None and other is not None and (one.operator, one.inputs) == (other.operator, other.inputs)
+    return first == second or (alike and one is not None and one.operator == DEQUANTIZE)
 
 
 def _only_reader(node: Node, readers: Mapping[str, list[Node]]) -> Node | None:

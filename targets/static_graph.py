@@ -91,7 +91,7 @@ def read_static(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
         fixed = Path(scratch) / "fixed.onnx"
         onnx.save(with_shapes(onnx.load(str(path)), shapes), str(fixed))
         model = _folded(fixed, Path(scratch) / "folded.onnx")
-        graph = _one_dequantize(_graph(model, _observe(model)))
+        graph = _graph(model, _observe(model))
     from targets.gelu import with_gelu
 
     return with_gelu(_gathers_after_dequantize(_without_dynamic(graph)))
@@ -187,26 +187,6 @@ def _attributes(node: Any) -> Iterator[tuple[str, Any]]:
 # ---------------------------------------------------------------- quantization patterns
 
 
-def _one_dequantize(graph: Graph) -> Graph:
-    """ONNX Runtime's optimiser gives some readers a DequantizeLinear of their own: the readers of one tensor become the
-    readers of one tensor again, or Gelu would not be seen as a function of one."""
-    first: dict[tuple[str, ...], str] = {}
-    same: dict[str, str] = {}
-    nodes: list[Node] = []
-    for node in graph.nodes:
-        if (
-            node.operator == DEQUANTIZE
-            and node.input(0) not in graph.constants
-            and node.outputs[0] not in graph.outputs
-        ):
-            kept = first.setdefault(node.inputs, node.outputs[0])
-            if kept != node.outputs[0]:
-                same[node.outputs[0]] = kept
-                continue
-        nodes.append(replace(node, inputs=tuple(same.get(name, name) for name in node.inputs)))
-    return replace(graph, nodes=tuple(nodes)) if same else graph
-
-
 def _without_dynamic(graph: Graph) -> Graph:
     """``Mul(Cast(MatMulInteger(DynamicQuantizeLinear(x), w)), x_scale * w_scale)`` becomes ``MatMul(x, Dq(w))``."""
     makers, readers = graph.makers(), graph.consumers()
@@ -252,10 +232,10 @@ def _without_dynamic(graph: Graph) -> Graph:
     shapes = {**graph.shapes, **{name: graph.constants[stored].shape for name, stored in weights.items()}}
     kept = (node for node in graph.nodes if node.name not in dropped)
     nodes = tuple(item for node in kept for item in replaced.get(node.name, [node]))
-    return _pruned(replace(graph, nodes=nodes, constants=constants, shapes=shapes))
+    return pruned(replace(graph, nodes=nodes, constants=constants, shapes=shapes))
 
 
-def _pruned(graph: Graph) -> Graph:
+def pruned(graph: Graph) -> Graph:
     """Without nodes that nothing reads."""
     wanted = set(graph.outputs)
     kept: list[Node] = []

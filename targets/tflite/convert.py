@@ -181,6 +181,10 @@ class Converter:
     def rank(self, name: str) -> int:
         return len(self.graph.shape(name))
 
+    def same(self, first: str, second: str) -> bool:
+        """Are these two words for one tensor?"""
+        return first == second or (first in self._views and self._views[first] is self._views.get(second))
+
     def is_last(self, name: str) -> bool:
         """Does the tensor exist channels-last already?"""
         return any(last for last, _ in self._views.get(name, {}))

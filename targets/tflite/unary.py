@@ -25,6 +25,7 @@ FIXED_OUTPUT = {
     "TANH": Quantization((1 / 128,), (0,)),
 }
 ZERO_TO_ONE = Quantization((1 / 255,), (-128,))  # saturates where a hard sigmoid is clipped
+FLOAT_HARD_SWISH = "HARD_SWISH/float32"  # Vela refuses a file that has one
 REPLACED = ("GELU", "RELU_0_TO_1", "RELU_N1_TO_1")  # have another form where the runtime lacks them
 # erf(z) = 1 - poly(1 / (1 + p z)) exp(-z^2) for z >= 0, error below 1.5e-7 (Abramowitz and Stegun, 7.1.26)
 _P = 0.3275911
@@ -92,30 +93,46 @@ def hard_sigmoid(state: Converter, node: Node) -> None:
     if _is_hard_swish(state, node, alpha, beta):
         product = state.readers[node.outputs[0]][0]
         state.absorbed.add(product.name)
-        swish = Node("HardSwish", product.name, (node.input(0),), product.outputs)
-        unary("HARD_SWISH", "HardSwishOptionsT", int8=True)(state, swish)
+        hard_swish(state, Node("HardSwish", product.name, (node.input(0),), product.outputs))
         return
     last = state.is_last(node.input(0))
     params = state.int8_result(node, node.outputs[0])
     if params is not None:
         _int8_hard_sigmoid(state, node, alpha, beta, state.result(node.outputs[0], last, params))
         return
-    value = state.get(node.input(0), last)
+    _float_hard_sigmoid(state, node, alpha, beta, state.result(node.outputs[0], last))
+
+
+def _float_hard_sigmoid(state: Converter, node: Node, alpha: float, beta: float, result: Tensor) -> None:
+    value = state.get(node.input(0), state.is_last(node.input(0)))
     scaled, moved = (state.temporary(f"{node.name}/{part}", value.shape) for part in ("scaled", "moved"))
     state.builder.add("MUL", [value, scalar(state, alpha)], [scaled], state.schema.MulOptionsT())
     state.builder.add("ADD", [scaled, scalar(state, beta)], [moved], state.schema.AddOptionsT())
-    result = state.result(node.outputs[0], last)
     if "RELU_0_TO_1" in state.absent:
         clip(state, moved, 0.0, 1.0, result)
     else:
         state.builder.add("RELU_0_TO_1", [moved], [result])
 
 
+def hard_swish(state: Converter, node: Node) -> None:
+    """HARD_SWISH in float or int8; x times a hard sigmoid where the runtime has it in int8 only."""
+    if FLOAT_HARD_SWISH not in state.absent or state.int8_result(node, node.outputs[0]) is not None:
+        unary("HARD_SWISH", "HardSwishOptionsT", int8=True)(state, node)
+        return
+    last = state.is_last(node.input(0))
+    value = state.get(node.input(0), last)
+    gate = state.temporary(f"{node.name}/gate", value.shape)
+    _float_hard_sigmoid(state, node, 1 / 6, 0.5, gate)
+    state.builder.add("MUL", [value, gate], [state.result(node.outputs[0], last)], state.schema.MulOptionsT())
+
+
 def _is_hard_swish(state: Converter, node: Node, alpha: float, beta: float) -> bool:
     output = node.outputs[0]
     after = state.readers.get(output, [])
-    alone = len(after) == 1 and after[0].operator == "Mul" and output not in state.graph.outputs
-    return alone and set(after[0].inputs) == {node.input(0), output} and abs(alpha - 1 / 6) < 1e-4 and beta == 0.5
+    if len(after) != 1 or after[0].operator != "Mul" or output in state.graph.outputs:
+        return False
+    other = next((name for name in after[0].inputs if name != output), "")
+    return state.same(other, node.input(0)) and abs(alpha - 1 / 6) < 1e-4 and beta == 0.5
 
 
 def _int8_hard_sigmoid(state: Converter, node: Node, alpha: float, beta: float, result: Tensor) -> None:

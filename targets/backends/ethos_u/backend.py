@@ -26,6 +26,7 @@ from targets.base import Compiled, Missing, OverLimit, Ready, Session, TargetBac
 from targets.static_session import StaticSession
 from targets.tflite.convert import Converted
 from targets.tflite.export import export_int8, float_operations
+from targets.tflite.unary import FLOAT_HARD_SWISH
 
 _SUFFIX = "_vela.tflite"
 FLOAT = OverLimit("none of it runs on the NPU, which takes int8 only", 1.0)
@@ -62,7 +63,8 @@ class EthosU(TargetBackend):
         if problems := self.check(artifact, profile):
             raise CompileError("; ".join(problems), hint="Mend the profile's [options].")
         options, started = options_of(profile), time.perf_counter()
-        path, converted = export_int8(artifact, out, batch=profile.runtime.batch, sequence=options.max_sequence)
+        size: dict[str, int] = {"batch": profile.runtime.batch, "sequence": options.max_sequence}
+        path, converted = export_int8(artifact, out, **size, absent=frozenset({FLOAT_HARD_SWISH}))
         if not any("int8" in {tensor.type for tensor in operation.inputs} for operation in converted.operations):
             return self._unplaced(artifact, path, converted, time.perf_counter() - started)
         made = run_vela(path, profile)
