@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ from targets.package.info import unpack_samples
 from targets.package.manifest import Manifest
 
 Line = tuple[Any, ...]
+ML_PACKAGE = ".mlpackage.zip"  # Core ML's model is a folder; in a package of ours it is zipped
+COREML_TOLERANCE = (
+    0.02  # of the stored answers, relative to the largest: the GPU and the Neural Engine compute in float16
+)
 
 
 def write_data(package: Path, folder: Path, manifest: Manifest, runtime: str, *, copy: bool) -> None:
@@ -34,10 +39,14 @@ def write_data(package: Path, folder: Path, manifest: Manifest, runtime: str, *,
     Without ``copy`` the settings name the model by its path relative to ``folder``.
     """
     model = manifest.model
-    file = model.file if runtime == "litert" or model.format in ("onnx", "ort") else model.portable
+    own = runtime in ("litert", "coreml") or model.format in ("onnx", "ort")
+    file = model.file if own else model.portable
     named = _copy_model(package, folder, manifest, file) if copy else f"../../{file}"
     spec = _tokenizer(package, manifest)
-    _write(folder / "settings.tsv", _settings(manifest, runtime, named, spec))
+    lines = [*_settings(manifest, runtime, named, spec)]
+    if runtime == "coreml":
+        lines += _coreml_settings(package, manifest)
+    _write(folder / "settings.tsv", lines)
     if spec is not None:
         pieces = sorted(spec["model"]["vocab"].items(), key=lambda item: item[1])
         _write(folder / "vocabulary.tsv", ((number, piece) for piece, number in pieces))
@@ -48,6 +57,10 @@ def write_data(package: Path, folder: Path, manifest: Manifest, runtime: str, *,
 def _copy_model(package: Path, folder: Path, manifest: Manifest, file: str) -> str:
     """The model beside its settings, with the weight files that must lie beside it."""
     base = (package / file).parent
+    if file.endswith(ML_PACKAGE):
+        with zipfile.ZipFile(package / file) as archive:
+            archive.extractall(folder)
+        return Path(file).name.removesuffix(".zip")
     for name in (file, *manifest.model.companions):
         path = package / name
         if path.is_relative_to(base) and (name == file or not name.startswith("device/")):
@@ -82,6 +95,13 @@ def _settings(manifest: Manifest, runtime: str, model: str, spec: dict[str, Any]
     yield "postprocess", manifest.postprocess.kind
     yield "tolerance", manifest.self_check.tolerance
     yield from (("label", label) for label in manifest.labels)
+
+
+def _coreml_settings(package: Path, manifest: Manifest) -> Iterator[Line]:
+    """The last line of a key counts."""
+    facts = json.loads((package / "device" / "mac.json").read_text(encoding="utf-8"))
+    yield "compute_units", facts["compute_units"]
+    yield "tolerance", max(manifest.self_check.tolerance, COREML_TOLERANCE)
 
 
 def _fixed(size: int | str) -> int:

@@ -74,7 +74,7 @@ def _checks(folder: Path, manifest: Manifest, cpu: str, inputs: Sequence[Path]) 
     for path in inputs:
         yield _guarded(f"{path.name} on an emulated {cpu}", lambda path=path: _compare(folder, cpu, flags, path))
     if manifest.model.file.endswith(".tflite"):
-        yield _guarded(f"LiteRT on an emulated {cpu}", lambda: _compare_litert(folder, manifest, cpu))
+        yield _guarded(f"LiteRT on an emulated {cpu}", lambda: _compare_litert(folder, manifest, cpu, inputs))
 
 
 def _guarded(name: str, work: Any) -> Check:
@@ -142,8 +142,11 @@ def compared(there: Mapping[str, Array], here: Mapping[str, Array]) -> tuple[Ver
     return Verdict.PASSED if bool(same.all()) else Verdict.FAILED, text
 
 
-def _compare_litert(folder: Path, manifest: Manifest, cpu: str) -> tuple[Verdict, str]:
-    """The stored samples through LiteRT here; what its file was fed, through LiteRT there."""
+def _compare_litert(folder: Path, manifest: Manifest, cpu: str, paths: Sequence[Path]) -> tuple[Verdict, str]:
+    """The stored samples and the inputs through LiteRT here; what its file was fed, through LiteRT there."""
+    package = infer.Package(folder)
+    given = [sample["input"] for sample in package.stored()]
+    given += [made for path in paths for _, made in package.inputs_of(str(path))]
     fed: list[tuple[Mapping[str, Array], Mapping[str, Array]]] = []
     with device_session(folder, manifest) as session:
         call = session._call  # type: ignore[attr-defined]
@@ -155,12 +158,12 @@ def _compare_litert(folder: Path, manifest: Manifest, cpu: str) -> tuple[Verdict
             return found
 
         session._call = recording  # type: ignore[attr-defined]
-        for sample in infer.Package(folder).stored():
-            session.run(sample["input"])
+        for sample in given:
+            session.run(sample)
     with tempfile.TemporaryDirectory() as place:
         source, target = Path(place) / "fed.npz", Path(place) / "made.npz"
         arrays: dict[str, Any] = {
-            f"{number}.{name}": array for number, (given, _) in enumerate(fed) for name, array in given.items()
+            f"{number}.{name}": array for number, (asked, _) in enumerate(fed) for name, array in asked.items()
         }
         np.savez(source, **arrays)
         done = run_emulated(cpu, "-c", _LITERT, str(folder / manifest.model.file), str(source), str(target))

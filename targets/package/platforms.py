@@ -13,7 +13,7 @@ from typing import get_args
 
 from compressor.errors import ConfigError
 from compressor.profile import Platform
-from targets.package.app_data import write_data
+from targets.package.app_data import ML_PACKAGE, write_data
 from targets.package.manifest import Manifest
 
 APPS = Path(__file__).parent / "apps"
@@ -63,11 +63,16 @@ def write_apps(folder: Path, manifest: Manifest, platforms: Sequence[Platform]) 
         write_data(folder, data, manifest, runtime, copy=platform != "cpp")
         if platform == "android":
             _fit_android(app, runtime)
+        elif platform == "ios":
+            _fit_ios(app, runtime)
 
 
 def runtime_of(manifest: Manifest, platform: str) -> str:
-    """What runs the model in that platform's sample: LiteRT for a ``.tflite`` on Android, otherwise ONNX Runtime."""
-    return "litert" if platform == "android" and manifest.model.file.endswith(".tflite") else "onnxruntime"
+    """What runs the model in that platform's sample: LiteRT for a ``.tflite`` on Android, Core ML for its package on
+    iOS, otherwise ONNX Runtime."""
+    if platform == "android" and manifest.model.file.endswith(".tflite"):
+        return "litert"
+    return "coreml" if platform == "ios" and manifest.model.file.endswith(ML_PACKAGE) else "onnxruntime"
 
 
 def _fit_android(app: Path, runtime: str) -> None:
@@ -77,6 +82,18 @@ def _fit_android(app: Path, runtime: str) -> None:
     _replace(app / "app/build.gradle.kts", "@RUNTIME@", f"{name}:{version}")
     if runtime == "litert":
         _replace(app / _SOURCES / "ModelRunner.kt", "OnnxRunner(", "LiteRtRunner(")
+
+
+def _fit_ios(app: Path, runtime: str) -> None:
+    """One runtime in the project: its class in the sources, and the package's file that asks for it, or for none."""
+    sources, coreml = app / "Sources" / "PackagedModel", app / "Package-coreml.swift"
+    if runtime != "coreml":
+        coreml.unlink()
+        (sources / "CoreMlRunner.swift").unlink()
+        return
+    coreml.replace(app / "Package.swift")
+    (sources / "OnnxRunner.swift").unlink()
+    _replace(sources / "ModelRunner.swift", "OnnxRunner(", "CoreMlRunner(")
 
 
 def _replace(path: Path, old: str, new: str) -> None:

@@ -62,7 +62,7 @@ def app_runtimes(manifest: Manifest) -> list[dict[str, Any]]:
         found.append(
             _runtime(f"maven:{artifact}", artifact, f"pkg:maven/{group}/{artifact}@{version}", version, licence)
         )
-    if "ios" in manifest.platforms:
+    if "ios" in manifest.platforms and runtime_of(manifest, "ios") != "coreml":  # that one is the system's
         url = f"pkg:swift/{SWIFT.removeprefix('https://')}@{SWIFT_VERSION}"
         found.append(_runtime("swift:onnxruntime", "onnxruntime", url, SWIFT_VERSION, "MIT"))
     if "cpp" in manifest.platforms:

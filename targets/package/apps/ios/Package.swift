@@ -3,9 +3,10 @@ import PackageDescription
 
 let package = Package(
     name: "PackagedModel",
-    platforms: [.iOS(.v15), .macOS(.v13)],
+    platforms: [.iOS(.v16), .macOS(.v13)],
     products: [
         .library(name: "PackagedModel", targets: ["PackagedModel"]),
+        .library(name: "PackagedModelUI", targets: ["PackagedModelUI"]),
     ],
     dependencies: [
         .package(url: "https://github.com/microsoft/onnxruntime-swift-package-manager", exact: "1.24.2"),
@@ -16,6 +17,7 @@ let package = Package(
             dependencies: [.product(name: "onnxruntime", package: "onnxruntime-swift-package-manager")],
             resources: [.copy("Resources")]
         ),
+        .target(name: "PackagedModelUI", dependencies: ["PackagedModel"]),
         .executableTarget(name: "infer", dependencies: ["PackagedModel"]),
         .testTarget(name: "PackagedModelTests", dependencies: ["PackagedModel"]),
     ]

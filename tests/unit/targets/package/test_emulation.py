@@ -76,3 +76,4 @@ def test_the_packaged_runner_and_litert_answer_on_arm_as_here(pictures, tmp_path
     assert [check.verdict for check in checks] == [Verdict.PASSED] * 3, checks
     assert all(check.text.startswith("simulated: ") for check in checks)
     assert "in 5 of 5" in checks[1].text
+    assert "in 8 of 8" in checks[2].text  # the stored samples, too

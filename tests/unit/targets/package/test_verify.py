@@ -174,6 +174,35 @@ def test_a_tflite_model_gives_an_android_project_with_litert(engine, pack: Build
     assert (folder / "src/main/assets/student.tflite").read_bytes() == b"a file for LiteRT"
 
 
+def test_a_core_ml_package_gives_an_ios_project_with_core_ml(engine, pack: Build, tmp_path: Path) -> None:
+    outcome, summary, info = engine
+    row, place = outcome.rows[0], tmp_path / "coreml"
+    place.mkdir()
+    with zipfile.ZipFile(place / "model.mlpackage.zip", "w") as archive:
+        archive.writestr("model.mlpackage/Manifest.json", "{}")
+        archive.writestr("model.mlpackage/Data/com.apple.CoreML/model.mlmodel", b"a program")
+    (place / "mac.json").write_text('{"compute_units": "cpu-and-gpu"}')
+    compiled = dataclasses.replace(
+        row.compiled, path=place / "model.mlpackage.zip", extra_files=(), source_files=(place / "mac.json",)
+    )
+    outcome = dataclasses.replace(
+        outcome, target="coreml", profile="iphone-15-pro", rows=(dataclasses.replace(row, compiled=compiled),)
+    )
+    folder = pack((outcome, summary, info), "ios").with_suffix("")
+    sources, resources = folder / "ios/Sources/PackagedModel", folder / "ios/Sources/PackagedModel/Resources"
+    assert (sources / "CoreMlRunner.swift").is_file()
+    assert not (sources / "OnnxRunner.swift").exists()
+    assert "CoreMlRunner(folder" in (sources / "ModelRunner.swift").read_text()
+    assert "onnxruntime" not in (folder / "ios/Package.swift").read_text()
+    assert not (folder / "ios/Package-coreml.swift").exists()
+    assert (resources / "model.mlpackage/Data/com.apple.CoreML/model.mlmodel").read_bytes() == b"a program"
+    settings = dict(line.split("\t", 1) for line in (resources / "settings.tsv").read_text().splitlines())
+    assert settings["model"] == "model.mlpackage"
+    assert settings["compute_units"] == "cpu-and-gpu"
+    assert float(settings["tolerance"]) == 0.02  # the last line of a key counts
+    assert "swift:onnxruntime" not in (folder / "sbom.cdx.json").read_text()
+
+
 def test_platforms_are_chosen_by_name_and_by_target() -> None:
     assert choose(["ios", "cpp", "cpp"], "onnxruntime-cpu") == ("python", "cpp", "ios")
     assert choose([], "web") == ("python", "web")

@@ -2,7 +2,7 @@ import Foundation
 import OnnxRuntimeBindings
 
 /// ONNX Runtime on the CPU, with the threads and graph level under which the package's figures were taken.
-final class OnnxRunner {
+final class OnnxRunner: ModelRunner {
     private let environment: ORTEnv
     private let session: ORTSession
     private let inputs: [String]

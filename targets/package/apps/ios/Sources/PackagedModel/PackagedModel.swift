@@ -5,7 +5,7 @@ import Foundation
 public final class PackagedModel {
     private let settings: Settings
     private let samples: [Sample]
-    private let runner: OnnxRunner
+    private let runner: ModelRunner
     private let tokenizer: Tokenizer?
 
     /// Opens the resources of this package, or a folder like them.
@@ -15,7 +15,7 @@ public final class PackagedModel {
         }
         settings = try Settings(folder: place)
         samples = try readSamples(folder: place)
-        runner = try OnnxRunner(folder: place, settings: settings)
+        runner = try openRunner(folder: place, settings: settings)
         let words = try settings.text("preprocess") == "text" && settings.text("tokenizer") == "wordpiece"
         tokenizer = words ? try Tokenizer(folder: place, settings: settings) : nil
     }
