@@ -119,7 +119,7 @@ class AcceptConfig(Frozen):
 
     max_drop: float | None = 0.01  # of the task metric, absolute (0.01 = one point), against the teacher
     max_latency_ms: Positive | None = None  # p50 at batch 1
-    max_size_mib: Positive | None = None
+    max_size_mib: Positive | None = None  # of the file; `quantize` plans for it (docs/quantize.md)
     min_speedup: Positive | None = None  # p50 of the teacher's fp32 export / p50 of what ships
 
     @field_validator("max_drop", mode="before")
