@@ -311,6 +311,19 @@ def qat(_work: Path) -> None:
     command([sys.executable, "-m", "tools.bench_qat", "--out", str(EVIDENCE / "qat.md")])
 
 
+def size_budget(work: Path) -> None:
+    """A precision for each layer under a size budget, beside null twins of equal size. Prints tables of
+    docs/evidence/mixed-precision.md."""
+    print(command([sys.executable, "-m", "tools.bench_size_budget", "--work", str(work)]))
+
+
+def accuracy_control(work: Path) -> None:
+    """Layers put back until a promise holds, beside NNCF's accuracy control. Prints tables of the same page."""
+    command([sys.executable, "-m", "tools.public_models", str(work / "public")])
+    words = ["--work", str(work), "--public", str(work / "public")]
+    print(command([sys.executable, "-m", "tools.bench_accuracy_control", *words]))
+
+
 def transplant(work: Path) -> None:
     """A language model under another tokenizer, untrained."""
     from tools.bench_transplant import page
@@ -343,6 +356,8 @@ SECTIONS: dict[str, Callable[[Path], None]] = {
     "searches": searches,
     "token-drop": token_drop,
     "transplant": transplant,
+    "size-budget": size_budget,
+    "accuracy-control": accuracy_control,
     "fashion-mnist-exits": fashion_mnist_exits,
     "text-tokens": text_tokens,
     "everywhere": everywhere,
