@@ -25,6 +25,7 @@ from compressor.profile import HardwareProfile
 from compressor.types import Array, Artifact, Figure, Measurement, Origin, Unavailable
 from targets.base import Missing, Ready, TargetBackend
 from targets.clock import Clock
+from targets.dearest import with_nodes
 from targets.exits import sentence, with_shares
 from targets.gate import decide
 from targets.measure import Settings
@@ -90,7 +91,7 @@ def deploy(
     notes = measure_all(run)
     rows = _rows(run)
     decision = decide(rows, promise)
-    final = _with_test(run, decision.rows)
+    final = _with_test(run, with_nodes(run, decision.rows))
     return ProfileOutcome(
         profile=profile.name,
         title=profile.title,

@@ -129,7 +129,7 @@ def measure_all(run: Deployment) -> list[str]:
             trial.latency = trial.speedup = trial.memory = gone
         return []
     files = {trial.key: trial for trial in reversed(running)}  # a file that has two roles is measured once
-    inputs = {digest: _latency_inputs(run, trial.artifact) for digest, trial in files.items()}
+    inputs = {digest: latency_inputs(run, trial.artifact) for digest, trial in files.items()}
     for digest, trial in files.items():
         assert trial.compiled is not None
         run.event("deploy", {"text": f"{run.profile.name}: memory of {trial.artifact.name}"})
@@ -147,7 +147,8 @@ def measure_all(run: Deployment) -> list[str]:
     return [] if measured is None else [f"latency: {measured.contention.describe()}"]
 
 
-def _latency_inputs(run: Deployment, artifact: Artifact) -> list[dict[str, Array]]:
+def latency_inputs(run: Deployment, artifact: Artifact) -> list[dict[str, Array]]:
+    """The samples that its latency is measured on, in its shapes."""
     size = fixed_batch(artifact.inputs) or run.profile.runtime.batch
     return [
         fill_batch(fit_inputs(sample, artifact.inputs), size) for sample in run.data.seen_by(artifact).latency_inputs

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper, version_converter
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, version_converter
 
 from compressor.errors import StageError, sdk_errors
 from compressor.models.onnx_facts import DATA_DEPENDENT
@@ -39,10 +39,29 @@ def prepare(original: ModelProto) -> ModelProto:
             model = version_converter.convert_version(model, PER_CHANNEL_OPSET)
         name_nodes(model)
         _lift_constants(model)
+    _cast_constants(model)
     _divisions_to_products(model)
     model.ir_version = max(model.ir_version, 7)
     del model.graph.value_info[:]
     return model
+
+
+def _cast_constants(model: ModelProto) -> None:
+    """Stored tensors in the type they are cast to: NNCF asks for the recorded type of what a Cast reads, and a stored
+    tensor has none."""
+    fixed = constants(model.graph)
+    kept: list[NodeProto] = []
+    for node in model.graph.node:
+        tensor = fixed.get(node.input[0]) if node.op_type == "Cast" else None
+        if tensor is None or any(node.output[0] == value.name for value in model.graph.output):
+            kept.append(node)
+            continue
+        kind = helper.tensor_dtype_to_np_dtype(next(item.i for item in node.attribute if item.name == "to"))
+        model.graph.initializer.append(
+            numpy_helper.from_array(numpy_helper.to_array(tensor).astype(kind), node.output[0])
+        )
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
 
 
 def _divisions_to_products(model: ModelProto) -> None:

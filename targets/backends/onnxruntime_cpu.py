@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import statistics
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +27,9 @@ LEVELS = {
 }
 OPTIONS = frozenset({"denormal_as_zero"})  # keys of a profile's [options]; the runtime itself swallows unknown ones
 ERRORS_ONLY = 3  # log severity: warnings about hardware-specific graphs would end up on the user's terminal
+PROFILED_RUNS = (3, 30)  # at least and at most; no more than a second of them
+_KERNEL = "_kernel_time"
+_FUSED_NAME = re.compile(r"(_token_\d+|_nchwc)$")  # what ONNX Runtime adds to the names of nodes it fuses
 
 
 class OnnxRuntimeCpu(TargetBackend):
@@ -87,6 +94,26 @@ class OnnxRuntimeCpu(TargetBackend):
             session = open_session(compiled.path, profile)
         yield OrtSession(session)
 
+    def node_times(
+        self, compiled: Compiled, profile: HardwareProfile, inputs: Mapping[str, Array]
+    ) -> Mapping[str, tuple[str, float]]:
+        """See :class:`targets.dearest.TimesNodes`: ONNX Runtime's profiler."""
+        with tempfile.TemporaryDirectory() as folder, sdk_errors(RunError, f"profile `{compiled.path.name}`"):
+            session = open_session(compiled.path, profile, profile_to=Path(folder) / "profile")
+            started, runs = time.perf_counter(), 0
+            while runs < PROFILED_RUNS[0] or (runs < PROFILED_RUNS[1] and time.perf_counter() - started < 1):
+                session.run(None, dict(inputs))
+                runs += 1
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        taken: dict[str, list[float]] = {}
+        operators: dict[str, str] = {}
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
+                name = _FUSED_NAME.sub("", event["name"].removesuffix(_KERNEL))
+                taken.setdefault(name, []).append(event["dur"] / 1000)
+                operators[name] = event["args"]["op_name"]
+        return {name: (operators[name], statistics.median(times)) for name, times in taken.items()}
+
 
 class OrtSession:
     """One loaded model."""
@@ -112,8 +139,11 @@ def _error_types() -> tuple[type[Exception], ...]:
     return (*found, ValueError, RuntimeError, TypeError)
 
 
-def open_session(path: Path, profile: HardwareProfile, save_to: Path | None = None) -> Any:
-    """A bare ``InferenceSession`` set up as the profile says; saves the graph it runs to ``save_to``."""
+def open_session(
+    path: Path, profile: HardwareProfile, save_to: Path | None = None, profile_to: Path | None = None
+) -> Any:
+    """A bare ``InferenceSession`` set up as the profile says; saves the graph it runs to ``save_to``, and times of its
+    nodes to files that start with ``profile_to``."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -124,6 +154,8 @@ def open_session(path: Path, profile: HardwareProfile, save_to: Path | None = No
     options.enable_cpu_mem_arena = profile.runtime.arena
     for key, value in session_entries(profile).items():
         options.add_session_config_entry(key, value)
+    if profile_to is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile_to)
     if save_to is not None:
         options.optimized_model_filepath = str(save_to)
     session = onnxruntime.InferenceSession(str(path), options, providers=[PROVIDER])
