@@ -25,9 +25,9 @@ from compressor.errors import CompressError
 from compressor.profile import HardwareProfile, load_profile, profile_names
 from compressor.types import Artifact
 from targets import registry
-from targets.base import Missing, TargetBackend
-from tools.operator_groups import GROUPS, samples, write_group
-from tools.target_rules import emitted
+from targets.base import Compiled, Missing, TargetBackend
+from tools.operator_groups import GROUPS, NETS, samples, write_group
+from tools.target_rules import Combination, breaks, broken, combinations, consequence, describe, emitted
 
 PAGE = Path(__file__).parents[1] / "docs" / "targets.md"
 STORE = Path(__file__).parents[1] / "build" / "targets-page.json"
@@ -44,15 +44,31 @@ class Cell:
 
 def attempt(backend: TargetBackend, profile: HardwareProfile, group: str, artifact: Artifact, out: Path) -> Cell:
     """Compile, run, compare."""
+    return tried(backend, profile, group, artifact, out)[0]
+
+
+def tried(
+    backend: TargetBackend, profile: HardwareProfile, group: str, artifact: Artifact, out: Path
+) -> tuple[Cell, Compiled | None]:
+    """What happened, and what the compiler made."""
     try:
         if problems := backend.check(artifact, profile):
-            return Cell("refused", "; ".join(problems))
+            return Cell("refused", "; ".join(problems)), None
         compiled = backend.compile(artifact, profile, out)
-        if compiled.placed == 0:
-            return Cell("not placed", "; ".join(item.what for item in compiled.over))
-        state = registry.probe(backend.name)
-        if isinstance(state, Missing) or state.runs is None:
-            return Cell("compiled")
+    except CompressError as error:
+        return Cell("refused", str(error)), None
+    return _answer(backend, profile, group, artifact, compiled), compiled
+
+
+def _answer(
+    backend: TargetBackend, profile: HardwareProfile, group: str, artifact: Artifact, compiled: Compiled
+) -> Cell:
+    if compiled.placed == 0:
+        return Cell("not placed", "; ".join(item.what for item in compiled.over))
+    state = registry.probe(backend.name)
+    if isinstance(state, Missing) or state.runs is None:
+        return Cell("compiled")
+    try:
         inputs = samples(group, 3)
         with backend.open(compiled, profile) as session:
             found = session.run(inputs)
@@ -105,11 +121,67 @@ def examine(target: str) -> dict[str, object]:
         print(target, group, cells[f"{group}|float"]["word"], cells[f"{group}|int8"]["word"], flush=True)
     return {
         "cells": cells,
+        "rules": [_rules(combination) for combination in combinations() if combination.target == target],
         "profile": profile.name,
         "device": state.device,
         "versions": dict(state.versions),
         "date": today,
     }
+
+
+def _rules(combination: Combination) -> dict[str, object]:
+    """The small nets by these rules, and what the compiler does with files that break each of them."""
+    backend, profile = registry.get(combination.target), load_profile(combination.profile)
+    nets: dict[str, dict[str, str]] = {}
+    least: dict[str, int] = {}
+    against: list[dict[str, str]] = []
+    for net in NETS:
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            artifact = emitted(net, combination.rules, Path(folder))
+            cell, compiled = tried(backend, profile, net, artifact, Path(folder) / "out")
+        nets[net] = vars(cell)
+        least[net] = compiled.coverage.quantized if compiled is not None and compiled.coverage is not None else 0
+    for case in breaks(combination.rules):
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            artifact, said = broken(case, combination.rules, Path(folder))
+            does, words = consequence(combination.target, artifact, said, profile, least[case.net], Path(folder) / "b")
+        against.append({"rule": case.name, "lint": str(said[0]) if said else "", "does": does, "words": words})
+    print(combination, {net: cell["word"] for net, cell in nets.items()}, flush=True)
+    return {"rules": describe(combination.rules), "nets": nets, "against": against}
+
+
+def _rules_page(found: dict[str, dict[str, object]]) -> list[str]:
+    told = [(name, entry) for name, item in found.items() for entry in item.get("rules", [])]  # type: ignore[attr-defined]
+    notes: list[str] = []
+    lines = [
+        "## Rules of quantization",
+        "",
+        "Every distinct `[quantization]` table of the built-in profiles (docs/profiles.md): two nets are quantized",
+        "by it, pass the lint, and go through the compiler. `tests/contract/test_rules.py` does the same.",
+        "",
+        f"| target | rules | {' | '.join(NETS)} |",
+        "|---" * (2 + len(NETS)) + "|",
+    ]
+    for name, entry in told:
+        cells = " | ".join(_cell(entry["nets"][net], notes) for net in NETS)
+        lines.append(f"| `{name}` | {entry['rules']} | {cells} |")
+    lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1)), ""]
+    lines += [
+        "A file that breaks one rule, and nothing else: what the lint says first, and what the compiler does with it",
+        "when the lint is not asked. Where it takes the file, the rule is there for speed or for other files.",
+        "",
+        "| target | broken | the lint | the compiler |",
+        "|---|---|---|---|",
+    ]
+    for name, entry in told:
+        for case in entry["against"]:
+            does = case["does"] + (f": {_short(case['words'])}" if case["words"] else "")
+            lines.append(f"| `{name}` | {case['rule']} | {_short(case['lint']) or 'says nothing'} | {does} |")
+    return [*lines, ""]
+
+
+def _short(text: str) -> str:
+    return " ".join(text.split()).replace("|", "/")[:160]
 
 
 def page(found: dict[str, dict[str, object]]) -> str:
@@ -120,8 +192,8 @@ def page(found: dict[str, dict[str, object]]) -> str:
         "# What each target really does",
         "",
         "Every group of operators below was compiled by every target that could be installed here, float and int8 (the",
-        "first static file that `quantize` makes by the rules of its profile), run where it runs, and compared with ONNX",
-        "Runtime on the same file.",
+        "first static file that `quantize` makes by the rules of its profile), run where it runs, and compared with",
+        "ONNX Runtime on the same file.",
         "`measured`, `simulated`: it ran and agreed; `compiled`: the compiler took it and it cannot run here;",
         "`not placed`: none of it runs on the accelerator; `refused` and `differs` have a note; `not examined`: the "
         "run was stopped.",
@@ -134,6 +206,7 @@ def page(found: dict[str, dict[str, object]]) -> str:
             row = [_cell(found[name]["cells"][f"{group}|{precision}"], notes) for name in here]  # type: ignore[index]
             lines.append(f"| {group} | {' | '.join(row)} |")
         lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1)), ""]
+    lines += _rules_page({name: found[name] for name in here})
     lines += ["## Versions", "", "| target | profile | ran on | versions | date |", "|---|---|---|---|---|"]
     for name, item in found.items():
         if "cells" in item:
