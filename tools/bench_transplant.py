@@ -122,19 +122,17 @@ def _taught(work: Path, folder: Path, seed: int) -> None:
         num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True, max_position_embeddings=256,
         bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
-    module = LlamaForCausalLM(config)
     start = work / f"start-{seed}"
     words = {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     for place in (start, folder):
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, **words).save_pretrained(place)
-    module.save_pretrained(start)
+    LlamaForCausalLM(config).save_pretrained(start)
     world = World(load_model(TeacherConfig(model=str(start)), data=DataConfig(max_length=LENGTH)), TEXT)
     settings = {"learning_rate": 2e-3, "schedule": "cosine"}
     train(
         world.teacher, None, drawn(world.train, STEPS * BATCH, seed), settings, seed=seed, work=work / f"train-{seed}"
     )
-    module.load_state_dict(world.teacher.state_dict(), strict=False)
-    module.save_pretrained(folder)
+    world.teacher.get_submodule("model").save_pretrained(folder)  # type: ignore[operator]
 
 
 def _blocks(content: bytes) -> Any:
