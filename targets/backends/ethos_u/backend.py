@@ -98,11 +98,12 @@ class EthosU(TargetBackend):
 
     @contextmanager
     def open(self, compiled: Compiled, profile: HardwareProfile) -> Iterator[Session]:  # noqa: ARG002
-        """The file that Vela read, in LiteRT's reference kernels."""
+        """The int8 file that Vela read, in LiteRT's reference kernels; a float file in its optimised ones."""
         from targets.tflite.reference import ReferenceCall
 
         with sdk_errors(RunError, f"load `{compiled.path.name}` in LiteRT's reference kernels"):
-            call = ReferenceCall(source_of(compiled.path))
+            source = source_of(compiled.path)
+            call = ReferenceCall(source, exact=source != compiled.path)
             session = StaticSession(compiled.artifact, call.shapes, call)
         yield session
 

@@ -16,13 +16,13 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any, ClassVar
 
-from compressor.errors import CompileError, RunError
+from compressor.errors import CompileError, RunError, sdk_errors
 from compressor.profile import HardwareProfile
 from compressor.types import Array, Artifact, Format, Measurement, Origin
 from targets import toolchain
 from targets.backends.tflite_micro.options import TfliteMicroOptions, options_of
 from targets.backends.tflite_micro.sources import unresolved, write_sources
-from targets.base import Compiled, Missing, OverLimit, Ready, Session, TargetBackend, option_problems
+from targets.base import Compiled, Coverage, Missing, OverLimit, Ready, Session, TargetBackend, option_problems
 from targets.isolation import Limits
 from targets.static_session import StaticSession
 from targets.tflite.export import export_int8, float_operations
@@ -34,6 +34,9 @@ TOOLCHAIN = "tflite-micro"
 PACKAGE = "tflite-micro"
 _LARGEST_ARENA = 256 * 2**20
 _WHAT = "TensorFlow Lite for Microcontrollers"
+_BUILT = "the arena is recorded on a 64-bit machine; the C sources were not built for the board."
+_TOO_LARGE = "it does not fit the board: no C sources are written."
+_FAST = " Its answers are those of LiteRT's optimised float kernels."
 
 
 class TfliteMicro(TargetBackend):
@@ -71,13 +74,12 @@ class TfliteMicro(TargetBackend):
         if absent := unresolved(tuple(count)):
             raise CompileError(f"{_WHAT} has no {', '.join(absent)}", hint="Export the model without it.")
         arena = _arena(path, options)
-        sources = write_sources(
-            out / f"{path.stem}-sources",
-            converted.content,
-            tuple(count),
-            read_interface(path),
-            -(-int(arena["total"] * options.arena_margin) // 16) * 16,
-        )
+        over = _over_limits(arena["total"], path.stat().st_size, options)
+        room = -(-int(arena["total"] * options.arena_margin) // 16) * 16
+        sources: tuple[Path, ...] = ()
+        if not over:  # the array of a large model would be a text of hundreds of megabytes
+            folder = out / f"{path.stem}-sources"
+            sources = write_sources(folder, converted.content, tuple(count), read_interface(path), room)
         floats = float_operations(converted)
         return Compiled(
             path=path,
@@ -89,19 +91,33 @@ class TfliteMicro(TargetBackend):
             notes=(
                 "operators: " + ", ".join(f"{name} x{number}" for name, number in sorted(count.items())) + ".",
                 f"{len(floats)} operations touch float tensors." if floats else "no float tensor in the file.",
-                "the arena is recorded on a 64-bit machine; the C sources were not built for the board.",
+                _BUILT if sources else _TOO_LARGE + (_FAST if _only_float(converted.coverage) else ""),
             ),
             source_files=sources,
-            over=_over_limits(arena["total"], path.stat().st_size, options),
+            over=over,
         )
 
     @contextmanager
     def open(self, compiled: Compiled, profile: HardwareProfile) -> Iterator[Session]:
-        """The file in the interpreter, in a process of the tool chain that stays while the session is open."""
+        """The file in the interpreter, in a process of the tool chain that stays while the session is open.
+
+        A float file that no board of the profile holds is the baseline, and no more: LiteRT's fast kernels answer it.
+        """
+        if compiled.over and _only_float(compiled.coverage):
+            from targets.tflite.reference import ReferenceCall
+
+            with sdk_errors(RunError, f"load `{compiled.path.name}` in LiteRT"):
+                call = ReferenceCall(compiled.path, exact=False)
+            yield StaticSession(compiled.artifact, call.shapes, call)
+            return
         options, interface = options_of(profile), read_interface(compiled.path)
         with open_worker(TOOLCHAIN, _limits(options), _WHAT) as worker, tempfile.TemporaryDirectory() as folder:
             worker.ask(_opening(compiled.path))
             yield MicroSession(worker, interface, compiled.artifact, Path(folder))
+
+
+def _only_float(coverage: Coverage | None) -> bool:
+    return coverage is not None and coverage.quantized == 0
 
 
 class MicroSession:

@@ -196,6 +196,16 @@ def test_a_float_file_is_scored_but_never_ships_to_an_npu(files, tmp_path):
     np.testing.assert_allclose(found, reference(files["fp32"].path, images(2)), atol=1e-5)
 
 
+def test_a_float_file_too_large_for_the_board_is_still_the_baseline(files, tmp_path):
+    target, profile = backend("tflite-micro"), changed("stm32f746g-disco", ram_kib=1, flash_kib=1)
+    compiled = target.compile(files["fp32"], profile, tmp_path)
+    assert compiled.over
+    assert "LiteRT's optimised float kernels" in " ".join(compiled.notes)
+    with target.open(compiled, profile) as session:
+        found = session.run({"image": images(2)})["logits"]
+    np.testing.assert_allclose(found, reference(files["fp32"].path, images(2)), atol=1e-5)
+
+
 def test_the_gate_names_the_memory_that_is_missing(files):
     from compressor.types import Unavailable
     from targets.base import Compiled
@@ -232,6 +242,7 @@ def test_tflite_micro_answers_like_the_reference_kernels(files, tmp_path):
     assert abs(found - expected).max() <= 1.01 * step
     tight = target.compile(files["int8-static"], changed("stm32f746g-disco", ram_kib=1, flash_kib=1), tmp_path / "t")
     assert [item.what.split(" of ")[1].split(",")[0] for item in tight.over] == ["RAM", "flash"]
+    assert tight.source_files == ()  # no array of a model that no board of the profile holds
 
 
 def test_a_model_that_the_interpreter_refuses_is_an_error_with_its_words(files, tmp_path):
