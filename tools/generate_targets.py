@@ -199,6 +199,9 @@ def page(found: dict[str, dict[str, object]]) -> str:
         "run was stopped.",
         "",
     ]
+    if older := [f"`{name}`" for name in here if "rules" not in found[name]]:
+        told = "int8 cells are of an earlier day, with files of ONNX Runtime's own quantizer by the same rules."
+        lines += [f"{', '.join(older)}: {told}", ""]
     for precision in ("float", "int8"):
         lines += [f"## {precision}", "", f"| | {' | '.join(here)} |", "|---" * (len(here) + 1) + "|"]
         notes: list[str] = []

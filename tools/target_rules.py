@@ -174,7 +174,8 @@ def consequence(
     except CompileError as error:
         return REFUSES, str(error)
     named = {problem.where.strip("`") for problem in said}
-    left = [item for item in compiled.fallback if item.split(" ", 1)[-1] in named]
+    ends = ("QuantizeLinear ", "DequantizeLinear ")  # of the graph: some targets leave these to the CPU in any file
+    left = [item for item in compiled.fallback if item.split(" ", 1)[-1] in named and not item.startswith(ends)]
     if compiled.placed == 0 or left:
         return LEAVES, ", ".join(left[:2])
     if compiled.coverage is not None and compiled.coverage.quantized < least:

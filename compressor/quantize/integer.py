@@ -1,9 +1,9 @@
 """Transformers as whole int8 graphs, for accelerators on which float beside int8 falls to a slow processor.
 
 Qualcomm's compiler leaves weights that it must dequantize to the CPU; Ethos-U and microcontrollers have no kernel at
-all for int8 weights with a float result. So attention's own products, softmax, embeddings and shortcuts become int8 too.
-Two things differ from a convolutional network: masks would ruin the scale of the scores, and a bias is an operator of
-its own, whose sum TFLite's kernels need not round twice.
+all for int8 weights with a float result. So attention's own products, softmax, embeddings and shortcuts become int8
+too. Two things differ from a convolutional network: masks would ruin the scale of the scores, and a bias is an operator
+of its own, whose sum TFLite's kernels need not round twice.
 """
 
 from __future__ import annotations

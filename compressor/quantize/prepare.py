@@ -11,6 +11,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, versi
 from compressor.errors import StageError, sdk_errors
 from compressor.models.onnx_facts import DATA_DEPENDENT
 from compressor.models.onnx_graph import constants, name_nodes, opset_of
+from compressor.quantize.batch_norm import fold_batch_norms
 
 PER_CHANNEL_OPSET = 13  # first whose QuantizeLinear has an axis
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -22,8 +23,9 @@ ACTIVATIONS = ("Softmax", "Sigmoid", "HardSigmoid", "Tanh", "LogSoftmax")
 
 
 def prepare(original: ModelProto) -> ModelProto:
-    """A copy with unique node names, weights as initializers (not Constant nodes or inputs), opset 13 or later and no
-    recorded shapes (stale ones make ONNX Runtime's dynamic quantizer fail on a transposed Gemm)."""
+    """A copy with unique node names, weights as initializers (not Constant nodes or inputs), batch norms in the
+    convolutions before them, opset 13 or later and no recorded shapes (stale ones make ONNX Runtime's dynamic quantizer
+    fail on a transposed Gemm)."""
     model = ModelProto()
     model.CopyFrom(original)
     fixed = {tensor.name for tensor in model.graph.initializer}
@@ -40,6 +42,7 @@ def prepare(original: ModelProto) -> ModelProto:
         name_nodes(model)
         _lift_constants(model)
     _cast_constants(model)
+    fold_batch_norms(model)
     _divisions_to_products(model)
     model.ir_version = max(model.ir_version, 7)
     del model.graph.value_info[:]
