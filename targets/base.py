@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from compressor.errors import ConfigError
 from compressor.profile import HardwareProfile
@@ -127,6 +127,10 @@ class TargetBackend(abc.ABC):
     def check(self, artifact: Artifact, profile: HardwareProfile) -> tuple[str, ...]:
         """What the compiler would refuse in this artifact, in words that name the node. Empty: nothing known."""
         return ()
+
+    def deciding_options(self, compiled: Compiled, profile: HardwareProfile) -> Mapping[str, Any]:
+        """The options that answers depend on: where they are equal, profiles share what a file answered."""
+        return dict(profile.options)
 
     def entrants(self, artifact: Artifact, profile: HardwareProfile) -> tuple[Artifact, ...]:
         """The artifact as it takes part: itself, or in a race once per runtime, with ``runtime`` and its own name."""

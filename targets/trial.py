@@ -91,7 +91,7 @@ def predictions(run: Deployment, trial: Trial, evalset: EvalSet, output: str | N
         evalset = own.test if evalset is run.data.test and own.test is not None else own.validation
     inputs_digest = getattr(evalset, "digest", None)
     level = site.profile.runtime.graph_level
-    options = run.profile.options if not site.stand_in else {}
+    options = run.backend.deciding_options(trial.compiled, run.profile) if not site.stand_in else {}
     parts = [artifact.digest, artifact.runtime, site.key, level, options, inputs_digest, run.data.task]
     key = json.dumps(parts if output is None else [*parts, output])
     if inputs_digest is not None and key in run.cache:

@@ -8,13 +8,13 @@ Vela's cycle model and only that: ``estimated``.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from compressor.errors import CompileError, RunError, sdk_errors
 from compressor.profile import HardwareProfile
@@ -95,6 +95,11 @@ class EthosU(TargetBackend):
             compile_seconds=seconds,
             over=(replace(FLOAT),),
         )
+
+    def deciding_options(self, compiled: Compiled, profile: HardwareProfile) -> Mapping[str, Any]:
+        """Neither the accelerator nor its memories change an answer of the kernels that stand in for it."""
+        sequence = options_of(profile).max_sequence
+        return {"max_sequence": sequence, "exact": source_of(compiled.path) != compiled.path}
 
     @contextmanager
     def open(self, compiled: Compiled, profile: HardwareProfile) -> Iterator[Session]:  # noqa: ARG002

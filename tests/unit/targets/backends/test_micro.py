@@ -186,6 +186,20 @@ def test_ethos_u_places_everything_estimates_and_answers(files, tmp_path):
     assert [item.what.split(" of ")[1].split(",")[0] for item in small.over] == ["SRAM", "flash"]
 
 
+def test_answers_are_shared_by_what_decides_them(files, tmp_path):
+    target = backend("ethos-u")
+    made = {
+        name: target.deciding_options(target.compile(files["int8-static"], profile, tmp_path / name), profile)
+        for name, profile in (
+            ("first", load_profile("ethos-u55-128")),
+            ("second", load_profile("ethos-u65-256")),
+            ("shorter", changed("ethos-u55-128", max_sequence=7)),
+        )
+    }
+    assert made["first"] == made["second"] != made["shorter"]
+    assert load_profile("ethos-u55-128").options != load_profile("ethos-u65-256").options
+
+
 def test_a_float_file_is_scored_but_never_ships_to_an_npu(files, tmp_path):
     target, profile = backend("ethos-u"), load_profile("ethos-u55-128")
     compiled = target.compile(files["fp32"], profile, tmp_path)
