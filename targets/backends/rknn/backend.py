@@ -70,7 +70,8 @@ class Rknn(TargetBackend):
         kept = _request(artifact, shapes, folder, options)
         request = {"action": "compile", **_placed_in(folder, kept)}
         reply = toolchain.call(TOOLCHAIN, request, _limits(options), f"{_WHAT} compiler")
-        (folder / "request.json").write_text(json.dumps({**kept, "off": reply["off"]}, indent=1), encoding="utf-8")
+        settled = {**kept, "off": reply["off"], "optimisation": reply["level"]}
+        (folder / "request.json").write_text(json.dumps(settled, indent=1), encoding="utf-8")
         build = read_build(reply["log"])
         (folder / "build.log").write_text(reply["log"], encoding="utf-8")
         _refuse_custom(artifact, reply["custom"])
@@ -87,7 +88,7 @@ class Rknn(TargetBackend):
             estimates=_estimates(build, options, reply["versions"]["rknn-toolkit2"]),
             coverage=_coverage(build),
             compile_seconds=time.perf_counter() - started,
-            notes=_notes(build, options, shapes, reply["off"]),
+            notes=_notes(build, options, shapes, reply),
             source_files=_board_files(folder, artifact, shapes, options),
         )
 
@@ -207,7 +208,7 @@ def _estimates(build: Build, options: RknnOptions, version: str) -> tuple[Measur
 
 
 def _notes(
-    build: Build, options: RknnOptions, shapes: Mapping[str, tuple[int, ...]], off: list[str]
+    build: Build, options: RknnOptions, shapes: Mapping[str, tuple[int, ...]], reply: Mapping[str, Any]
 ) -> tuple[str, ...]:
     uncounted = Counter(item.operator for item in build.placed if not item.cycles)
     notes = [
@@ -217,10 +218,12 @@ def _notes(
     if uncounted:
         told = ", ".join(f"{name} x{count}" for name, count in uncounted.most_common(6))
         notes.append(f"the compiler gives no cycles for {told}")
-    if off:
-        notes.append(
-            f"rules of the toolkit that break on this model or undo each other and were switched off: {', '.join(off)}"
-        )
+    if reply["changed"]:
+        told = ", ".join(f"{rule} of {nodes}" for rule, nodes in reply["changed"])
+        notes.append(f"level of optimisation {reply['level']}: the next one changes what the file computes ({told})")
+    if reply["off"]:
+        told = ", ".join(reply["off"])
+        notes.append(f"rules of the toolkit that break on this model or undo each other and were switched off: {told}")
     return tuple(notes)
 
 

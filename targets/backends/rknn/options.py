@@ -28,7 +28,8 @@ class RknnOptions(Frozen):
     quantizer: Literal["normal", "mmse", "kl_divergence"] = (
         "normal"  # of the toolkit, for files that it quantizes itself
     )
-    optimisation: Annotated[int, Field(ge=0, le=3)] = 3  # the toolkit advises 2 where a QDQ file loses accuracy
+    # None: 3, and 2 for a quantized file where 3 changes what it computes
+    optimisation: Annotated[int, Field(ge=0, le=3)] | None = None
     cores: Cores = "auto"  # asked of the board's runtime by the packaged runner; only chips with several take others
     max_sequence: Annotated[int, Field(ge=1)] = 128
     timeout_s: Positive = 900

@@ -27,6 +27,12 @@ _CUSTOM = re.compile(r"No lowering found for: (.+?), node type = (\w+), use Cust
 _RAISED = re.compile(r"^(?:(?:\w+\.)*(\w*(?:Error|Exception))|(?:\w+\.)+(\w+)): ", re.MULTILINE)
 _PASSES = re.compile(r"^D (\w+) \.\.\.$", re.MULTILINE)
 _MOST_OFF = 5  # beyond, what is left of the toolkit's rules was seen to run in circles
+# What level 3 changes in a quantized file: scales of tensors, and a Conv fused with the Add behind it, which drops the
+# rounding between them and with it the ReLU that a zero point at the end of the range stands for.
+_QUANTIZED = "The QAT model is loaded"
+_RESCALED = re.compile(r"^D +(adjust_\w+): \[(.*)\]", re.MULTILINE)
+_FUSED = re.compile(r"\] +\d+ +(Conv\w*Add\w*) +U?INT8 .* \w+:(\S+)\s*$", re.MULTILINE)
+_BEST, _FAITHFUL = 3, 2  # levels of optimisation
 _SHARE = 0.9  # of the time limit, so that the reason comes out before the process is stopped
 _loaded: dict[str, Any] = {}
 
@@ -52,13 +58,18 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _build(request: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Build and export; a rule of the toolkit that breaks on this model or runs in circles is switched off."""
+    """Build and export; a rule of the toolkit that breaks on this model or runs in circles is switched off.
+
+    Where no level of optimisation is asked for it is 3, or 2 if 3 changes what a quantized file computes.
+    """
+    level: int | None = request["optimisation"]
+    changed: list[tuple[str, str]] = []
     off, deadline = list(request.get("off", ())), time.monotonic() + _SHARE * float(request["seconds"])
     while True:
         log: list[str] = []
         try:
             with _captured(log) as stream, watched(stream, deadline):
-                rknn = _attempt(request, off)
+                rknn = _attempt(request, off, _BEST if level is None else level)
         except (Exception, SystemExit, Stuck) as error:
             advised = error.rules if isinstance(error, Stuck) else _SWITCH_OFF.findall("".join(log))[-1:]
             rule = next((name for name in advised if name not in off), None)
@@ -67,14 +78,27 @@ def _build(request: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
             off.append(rule)
             continue
         text = "".join(log)
-        return rknn, {"log": text, "off": off, "custom": _CUSTOM.findall(text), "versions": _versions()}
+        if level is None:
+            changed = changes_of(text)
+            level = _FAITHFUL if changed else _BEST
+            if changed:
+                continue
+        found = {"log": text, "off": off, "level": level, "changed": changed, "custom": _CUSTOM.findall(text)}
+        return rknn, {**found, "versions": _versions()}
 
 
-def _attempt(request: Mapping[str, Any], off: list[str]) -> Any:
+def changes_of(log: str) -> list[tuple[str, str]]:
+    """Rules of level 3 that change what a quantized file computes, each with the nodes, from the log of a build."""
+    if _QUANTIZED not in log:
+        return []
+    return list(dict.fromkeys([*_RESCALED.findall(log), *_FUSED.findall(log)]))
+
+
+def _attempt(request: Mapping[str, Any], off: list[str], level: int) -> Any:
     from rknn.api import RKNN
 
     rknn = RKNN(verbose=True)
-    settings = {"quantized_algorithm": request["quantizer"], "optimization_level": request["optimisation"]}
+    settings = {"quantized_algorithm": request["quantizer"], "optimization_level": level}
     more = {"disable_rules": off} if off else {}
     _check(rknn.config(target_platform=request["chip"], **settings, **more), "set the options")
     dataset = request.get("dataset")
@@ -192,7 +216,7 @@ def _smoke() -> dict[str, Any]:
             "rknn": str(Path(folder) / "smoke.rknn"),
             "chip": "rk3588",
             "quantizer": "normal",
-            "optimisation": 3,
+            "optimisation": None,
             "seconds": 600,
             "inputs": {"x": [1, 1, 4, 4]},
             "outputs": ["y"],

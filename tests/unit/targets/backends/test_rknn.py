@@ -25,6 +25,7 @@ from targets.backends.rknn.log import read_build
 from targets.backends.rknn.model import OPSET, source_opset, write_onnx
 from targets.backends.rknn.options import options_of
 from targets.backends.rknn.watch import Stuck, circle_of, watched
+from targets.backends.rknn.worker import changes_of
 from targets.base import Missing
 from targets.static_graph import read_static
 from tests.unit.targets.conftest import artifact, images
@@ -170,6 +171,21 @@ def test_a_quantized_input_of_three_dimensions_compiles(tmp_path):
     compiled = target.compile(given, load_profile("rockchip-rk3566"), tmp_path / "out")
     assert compiled.notes[-1].endswith("were switched off: swap_reshape_transpose_v2")
     assert json.loads((compiled.path.parent / "request.json").read_text())["off"] == ["swap_reshape_transpose_v2"]
+
+
+def test_what_level_3_changes_in_a_quantized_file_is_read_from_the_log():
+    line = "D RKNN: [21:01:27.298] 4    ConvAdd    INT8     NPU    (1,22,8,8)   (1,22,8,8)   5/6/6   10  Conv:c_ConvAdd"
+    log = f"W load_onnx: The QAT model is loaded, but\nD     adjust_avgpool: ['pool']\n{line}\n{line}\n"
+    assert changes_of(log) == [("adjust_avgpool", "'pool'"), ("ConvAdd", "c_ConvAdd")]
+    assert changes_of(log.partition("\n")[2]) == []  # a float file: nothing is rounded
+
+
+def test_a_quantized_file_is_computed_as_it_says(models, tmp_path):
+    """A Conv with its Add in one operation would lose the ReLU in between; level 2 keeps them apart."""
+    target, profile = ready(), load_profile(PROFILE)
+    compiled = target.compile(artifact(models["static"], "student/int8", precision="int8-static"), profile, tmp_path)
+    assert "level of optimisation 2: the next one changes what the file computes (" in compiled.notes[-1]
+    assert json.loads((compiled.path.parent / "request.json").read_text())["optimisation"] == 2
 
 
 def test_rockchips_quantizer_takes_our_samples_and_the_simulator_runs_the_plan(models, tmp_path):
