@@ -67,3 +67,12 @@ def test_its_products_are_int8_kernels_with_their_bias(net, tmp_path):
     names = [operation.operator for operation in made.operations]
     assert (names.count("FULLY_CONNECTED"), names.count("BATCH_MATMUL")) == (5, 2)
     assert "int64" not in {tensor.type for operation in made.operations for tensor in operation.inputs}
+
+
+def test_a_convolutional_net_with_gelu_and_hard_swish_has_no_float_left(tmp_path):
+    artifact = emitted("cnn", SMALL, tmp_path)
+    made = convert(read_static(artifact.path, {"x": (1, 4, 8, 8)}), int8_interface=True)
+    assert {"GELU", "HARD_SWISH", "LOGISTIC"} <= {operation.operator for operation in made.operations}
+    assert "float32" not in {
+        tensor.type for operation in made.operations for tensor in (*operation.inputs, *operation.outputs)
+    }
