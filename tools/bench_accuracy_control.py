@@ -182,15 +182,29 @@ METHODS: dict[str, tuple[Callable[[Subject, Path], dict[str, Any]], str]] = {
 }
 
 
-def floats_left(subject: Subject, path: Path) -> tuple[int, int] | None:
-    """Weighted layers in float, of all; None of a file that is not ONNX."""
+def floats_left(subject: Subject, path: Path) -> tuple[int, int]:
+    """Weighted layers in float, of all."""
     if path.suffix != ".onnx":
-        return None
+        return _floats_in_openvino(path)
     source = prepare(read_model(subject.model))
     facts = layer_facts(source, read_model(path), {}, None)
     kinds = {node.name: node.op_type for node in source.graph.node}
     rows = [fact for fact in facts if kinds.get(fact.layer) in LAYERS]
     return sum(fact.action != "quantized" for fact in rows), len(rows)
+
+
+def _floats_in_openvino(path: Path) -> tuple[int, int]:
+    """The same of OpenVINO's format: a quantized layer reads a FakeQuantize, perhaps through what only moves it."""
+    import openvino
+
+    moved, found = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Pad"), list[bool]()
+    for op in openvino.Core().read_model(str(path)).get_ops():
+        if op.get_type_name() in ("Convolution", "GroupConvolution", "MatMul"):
+            source = op.input_value(0).get_node()
+            while source.get_type_name() in moved:
+                source = source.input_value(0).get_node()
+            found.append(source.get_type_name() == "FakeQuantize")
+    return found.count(False), len(found)
 
 
 def made(subject: Subject, work: Path) -> dict[str, Any]:
@@ -257,7 +271,7 @@ def page(subject: Subject, rows: dict[str, Any]) -> str:
             lines.append(f"| {name} | no file: {row['reason'].replace('|', '/')} | | | | | | |")
             continue
         plain = ", ".join(f"{value:.4f}" for value in row["plain"].values())
-        left = f"{row['float'][0]} of {row['float'][1]}" if row["float"] else "not counted"
+        left = f"{row['float'][0]} of {row['float'][1]}"
         lines.append(
             f"| {name} | {row['validation']:.4f} (plain int8: {plain}) | {row['test']:.4f} | {left} "
             f"| {row['evaluations']:.0f} | {row['cpu']:.0f} | {_time(rows, name)} |"

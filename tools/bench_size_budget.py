@@ -46,9 +46,9 @@ DYNAMIC = Variant("int8-dynamic-ort", "onnxruntime", "dynamic", True, ("Gather",
 class Subject:
     """One student with its data, its int8 file, and what was found so far."""
 
-    def __init__(self, title: str, model: Path, work: Path, variant: Variant, data: Data) -> None:
+    def __init__(self, title: str, model: Path, work: Path, variant: Variant, data: Data, trials: int) -> None:
         facts = describe(model)
-        self.title, self.work, self.variant, self.data = title, work, variant, data
+        self.title, self.work, self.variant, self.data, self.trials = title, work, variant, data, trials
         self.source = Artifact(
             "student/fp32", "student", model, Format.ONNX, "fp32", facts.inputs, facts.outputs, file_digest(model),
             facts.parameters,
@@ -107,7 +107,7 @@ class Subject:
             return float(self.judged(f"trial {artifact.digest[:12]}", artifact.path)["validation"])
 
         try:
-            found = fit_size(prospects, score, floor, budget, path)
+            found = fit_size(prospects, score, floor, budget, path, trials=self.trials)
         except TooSmall as error:
             self.rows[name] = {"reason": str(error).partition("\n")[0], "smallest": error.smallest}
             keep(self.work / "rows.json", self.rows)
@@ -292,7 +292,7 @@ def _kernels(kernel: Array, picture: Mapping[str, Array]) -> list[tuple[str, onn
     ]  # fmt: skip
 
 
-def subjects(work: Path) -> list[Subject]:
+def subjects(work: Path, trials: int) -> list[Subject]:
     """The students of ``tools.bench quantize``; what is missing is made by its commands."""
     from tools.bench import command
     from tools.quantize_section import picture_student, text_student
@@ -309,7 +309,7 @@ def subjects(work: Path) -> list[Subject]:
             command([str(word) for word in call])
         own = work / "size-budget" / place.name
         own.mkdir(parents=True, exist_ok=True)
-        found.append(Subject(title, model, own, variant, read(place / "arrays.npz")))
+        found.append(Subject(title, model, own, variant, read(place / "arrays.npz"), trials))
     return found
 
 
@@ -317,9 +317,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/bench"))
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--trials", type=int, default=16, help="files that may be scored for one budget")
     words = parser.parse_args()
     work = words.work.resolve()
-    for subject in subjects(work):
+    for subject in subjects(work, words.trials):
         if subject.work.name in words.parts:
             subject.run()
             subject.timed()

@@ -147,13 +147,14 @@ def quantize_dynamic(
 
     skip = {name: why for name, why in left_alone(model).items() if "output" not in why}
     skip |= dict(keep_float or {})
+    left = sorted({*skip, *(f"{name}_MatMul" for name in skip)})  # what the quantizer calls a Gemm before it looks
     with _scratch() as folder, sdk_errors(StageError, f"quantize with `{variant.name}`", hint=HINT):
         save_model(model, folder / "in.onnx")
         quantization.quantize_dynamic(
             folder / "in.onnx",
             folder / "out.onnx",
             op_types_to_quantize=list(variant.operators or ("Gather", "Gemm", "MatMul")),
-            nodes_to_exclude=sorted(skip),
+            nodes_to_exclude=left,
             per_channel=variant.per_channel,
             reduce_range=rules.reduce_range,
             weight_type=_type(rules.weight),

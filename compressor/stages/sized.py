@@ -79,10 +79,11 @@ def size_problems(recipe: Recipe, profiles: Sequence[HardwareProfile], model: Pa
 
 def storable(profile: HardwareProfile) -> tuple[str, ...]:
     """Precisions in which weights may lie in a file for this profile. Whoever unpacks 4 bits while loading casts
-    float16 as well."""
-    taken = profile.constraints.precisions
-    int8 = ("int8",) if profile.quantization.int8 else ()
-    int4 = ("int4",) if "int4" in taken and int8 else ()
+    float16 as well. Where sums saturate, other codes than those that were checked are out of the question."""
+    taken, rules = profile.constraints.precisions, profile.quantization
+    int8 = ("int8",) if rules.int8 else ()
+    unchecked = rules.saturates and not rules.reduce_range
+    int4 = ("int4",) if "int4" in taken and int8 and not unchecked else ()
     half = ("fp16",) if int4 or "fp16" in taken else ()
     return (*int4, *int8, *half, "fp32")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +50,11 @@ class Base(ABC):
         self.model = prepare(read_model(source.path))
         self.layers = layers_of(self.model)
         self._built: dict[frozenset[str], ModelProto] = {}
-        self.facts: tuple[LayerFact, ...] = ()
+        self._told: dict[frozenset[str], tuple[LayerFact, ...]] = {}
+
+    def facts(self, floats: Collection[str]) -> tuple[LayerFact, ...]:
+        """What the quantizer said of each layer of the file with these layers in float."""
+        return self._told.get(frozenset(floats), ())
 
     def eight_bits(self, floats: Mapping[str, str]) -> ModelProto:
         """The file with all weights in 8 bits except those of ``floats`` (layer -> why); a copy."""
@@ -106,7 +110,7 @@ class IntegerBase(Base):
 
     def _build(self, floats: Mapping[str, str]) -> ModelProto:
         if not floats:
-            self.facts = self.made.facts
+            self._told[frozenset()] = self.made.facts
             return read_model(self.made.path)
         reasons = followers(self.model, floats) if self.variant.operators is None else {}
         with tempfile.TemporaryDirectory(prefix="sized-") as folder:
@@ -115,7 +119,7 @@ class IntegerBase(Base):
             made = quantize(
                 self.source, self.variant, self._rules, self._calibration, path, cache=self._cache, keep_float=keep
             )
-            self.facts = made.facts
+            self._told[frozenset(floats)] = made.facts
             return read_model(path)
 
     def _axis(self, node: NodeProto, array: Array) -> int | None:

@@ -257,7 +257,8 @@ def compose(prospect: Prospect, choice: Choice) -> tuple[ModelProto, dict[str, i
     pieces: dict[str, int] = {}
     dropped: set[str] = set()
     for number, (layer, kind) in enumerate(choice.items()):
-        name = base.layers[layer] if kind in FLOATING or layer not in eight else eight[layer].name
+        float_name = "" if layer in eight and kind not in FLOATING else base.layers[layer]
+        name = _float_weight(model, layer, float_name) if float_name else eight[layer].name
         tensor = tensors[name]
         if kind == "int4" and layer in eight:
             packed = prospect.packed(eight[layer], numpy_helper.to_array(tensor))
@@ -271,6 +272,19 @@ def compose(prospect: Prospect, choice: Choice) -> tuple[ModelProto, dict[str, i
             pieces[layer] = size_of(GraphProto(initializer=[tensor]))
     put_first(model, list(parts.values()), dropped)
     return base.finish(model), pieces
+
+
+def _float_weight(model: ModelProto, layer: str, name: str) -> str:
+    """The stored weight of a layer in float. The dynamic quantizer turns a Gemm into a MatMul of another name whose
+    weight is transposed, also where it stays float."""
+    tensors = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) > 1}
+    if name in tensors:
+        return name
+    nodes = [node for node in model.graph.node if node.name == layer or node.name.startswith(f"{layer}_")]
+    found = next((given for node in nodes for given in node.input if given in tensors), None)
+    if found is None:
+        raise StageError(f"the weight of `{layer}` is not in the file", hint="Keep the int8 file.")
+    return found
 
 
 def _raised(model: ModelProto) -> ModelProto:
@@ -338,7 +352,7 @@ def _change(other: Option, here: Option) -> str:
 def _layers(found: Sized, base: Base) -> tuple[LayerFact, ...]:
     """The base's account of its layers, with 4 bits where they are."""
     rows = []
-    for fact in base.facts:
+    for fact in base.facts([layer for layer, kind in found.choice.items() if kind in FLOATING]):
         four = fact.stage == "quantize" and fact.action == "quantized" and found.choice.get(fact.layer) == "int4"
         rows.append(dataclasses.replace(fact, after="int4", reason=UNPACKED) if four else fact)
     return tuple(rows)

@@ -215,7 +215,7 @@ def test_more_bytes_never_mean_more_predicted_noise(picture, tmp_path):
     source, _ = picture
     score = closeness(source, onnx_models.images(8, seed=5))
     floats, noises = Prospect(FloatBase(source), ALL, images), []
-    for share in (0.3, 0.4, 0.6):
+    for share in (0.35, 0.45, 0.6):
         budget = int(share * source.file_bytes)
         found = fit_size([floats], score, -1.0, budget, tmp_path / "sized.onnx")
         assert found.artifact.file_bytes <= budget
@@ -264,6 +264,20 @@ def test_a_table_in_four_bits_gives_the_rows_that_numpy_gives(text):
     by_hand = replaced(by_hand, weight.name, prospect.packed(weight, numpy_helper.to_array(tensor)).values)
     inputs = onnx_models.tokens(8, seed=9)
     np.testing.assert_array_equal(answers(model, [inputs])[0]["logits"], answers(by_hand, [inputs])[0]["logits"])
+
+
+def test_a_gemm_of_a_dynamic_file_goes_back_to_float16(text):
+    source, made = text
+    prospect = Prospect(IntegerBase(source, DYNAMIC, made, CPU, texts, None), ALL, texts)
+    choice = {item.layer: "fp16" if item.layer == "logits_Gemm" else "int8" for item in prospect.weights}
+    assert "fp16" in choice.values()
+    model, pieces = compose(prospect, choice)
+    halves = [tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT16]
+    assert [sorted(tensor.dims) for tensor in halves] == [[4, 64]]
+    assert 2 * 256 < pieces["logits_Gemm"] < 2 * 256 + 150
+    inputs = onnx_models.tokens(8, seed=9)
+    found, wanted = (answers(item, [inputs])[0]["logits"] for item in (model, onnx.load(source.path)))
+    assert np.linalg.norm(found - wanted) < 0.2 * np.linalg.norm(wanted)
 
 
 def test_pairs_of_a_static_text_file_are_found_as_well(text, tmp_path):
