@@ -281,7 +281,7 @@ def _float_weight(model: ModelProto, layer: str, name: str) -> str:
     if name in tensors:
         return name
     nodes = [node for node in model.graph.node if node.name == layer or node.name.startswith(f"{layer}_")]
-    found = next((given for node in nodes for given in node.input if given in tensors), None)
+    found: str | None = next((given for node in nodes for given in node.input if given in tensors), None)
     if found is None:
         raise StageError(f"the weight of `{layer}` is not in the file", hint="Keep the int8 file.")
     return found
