@@ -65,7 +65,7 @@ def test_a_gelu_of_an_older_opset_and_a_stored_scalar_are_named(tmp_path):
 
 def test_what_the_target_would_refuse_is_not_written(cnn, tmp_path):
     rules = QuantizationRules(per_channel=False)
-    with pytest.raises(StageError, match="would refuse `q`: `.*16 scales"):
+    with pytest.raises(StageError, match=r"would refuse `q`: `.*16 scales"):
         quantize(cnn, PER_CHANNEL, rules, images, tmp_path / "q.onnx")
     assert not (tmp_path / "q.onnx").exists()
 
