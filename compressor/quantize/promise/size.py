@@ -128,6 +128,10 @@ class _Search:
         slow = {(item.layer, kind) for item in prospect.items for kind in costly}
         made = self._scored(self._fitted(prospect, slow))
         yield made
+        least = prospect.smallest()  # noise only ranks roughly: the one file that is certain to fit gets its score too
+        if self.left and not self._holds(made) and least != made.choice:
+            path, pieces = self._written(prospect, least)
+            yield self._scored(_Made(prospect, least, path, pieces, banned=slow))
         if slow and self.left and not self._holds(made):
             free = self._fitted(prospect, set())
             if free.choice != made.choice:

@@ -60,19 +60,29 @@ def watched(log: int, deadline: float) -> Iterator[None]:
     """Look at the log (a file descriptor) now and then; raises :class:`Stuck` at the block for a circle, or when
     ``deadline`` (of ``time.monotonic``) has passed."""
 
+    left = False
+
     def look(_number: int, _frame: Any) -> None:
+        nonlocal left
+        if left:  # an alarm that was on its way while the block ended
+            return
         size = os.fstat(log).st_size
         start = max(0, size - _TAIL_BYTES)
         text = COLOURS.sub("", os.pread(log, size - start, start).decode("utf-8", "replace"))
-        if (circle := circle_of(text)) is not None:
+        circle = circle_of(text)
+        if circle is None and time.monotonic() > deadline:
+            circle = Stuck((), f"it did not end in time; it said at last: {_last_words(text)}")
+        if circle is not None:
+            left = True
+            signal.setitimer(signal.ITIMER_REAL, 0)
             raise circle
-        if time.monotonic() > deadline:
-            raise Stuck((), f"it did not end in time; it said at last: {_last_words(text)}")
 
     before = signal.signal(signal.SIGALRM, look)
     signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS, _LOOK_SECONDS)
     try:
         yield
     finally:
+        left = True
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        # never back to the default: an alarm that another thread has still to take would end the process
+        signal.signal(signal.SIGALRM, signal.SIG_IGN if before is signal.SIG_DFL else before)
