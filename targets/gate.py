@@ -9,7 +9,8 @@ Rules, in this order:
    meets the size, latency and speed-up limits, and it is not measurably slower than what went in. A quantized variant
    that is measurably slower than the same student's fp32 file is rejected: then quantization bought nothing.
    *Measurably*: the 95 % intervals do not overlap. Of a file with early exits the mean over real samples counts, where
-   p50 is said here: its median would hide the samples that go on.
+   p50 is said here: its median would hide the samples that go on. Against a file that does not fit into
+   ``max_size_mib`` no candidate that fits is too slow: the size was asked for, and the verdict says what it costs.
 3. Among the feasible the smallest p50 wins. Candidates within ``TIE`` of it, or with overlapping intervals, are
    equally fast: then the smaller file wins, and among files within ``TIE`` of the smallest, the more accurate one.
 4. Where latency cannot be measured (the device is not here) the feasible are ranked by the compiler's latency estimate
@@ -72,6 +73,10 @@ def decide(rows: Sequence[Row], promise: Promise) -> Decision:
     feasible = [row for row in usable if not misses[row.artifact.name]]
     timed = [row for row in feasible if value_of(row.latency) is not None]
     chosen, why = _choose(feasible, timed) if feasible else _nearest(usable, misses)
+    for miss, other in _slowness(chosen, baseline, plain):
+        if _only_fits(chosen, other, promise):
+            why += f"; it is {miss.what}, whose file has {(value_of(other.file_bytes) or 0.0) / MIB:.2f} MiB"
+            why += f" where {promise.max_size_mib:g} are allowed"
     final = tuple(_mark(row, chosen, why, misses) for row in rows)
     if not feasible:
         told = ", ".join(miss.what for miss in misses[chosen.artifact.name])
@@ -100,14 +105,29 @@ def misses_of(row: Row, baseline: Row | None, plain: Row | None, promise: Promis
     """Every limit that ``row`` misses, most important first."""
     found = [*_accuracy_misses(row, baseline, promise), *_limit_misses(row, promise)]
     found += [Miss(item.what, item.gap) for item in (row.compiled.over if row.compiled is not None else ())]
-    slower_than_plain = _slower(row, plain, "slower than fp32") if plain is not None and plain is not row else []
-    found += slower_than_plain
-    if baseline is not None and baseline is not row and not slower_than_plain:
-        found += _slower(row, baseline, f"slower than what went in ({baseline.artifact.name})")
+    found += [miss for miss, other in _slowness(row, baseline, plain) if not _only_fits(row, other, promise)]
     if plain is not None and plain is not row and value_of(row.latency) is None:
         unknown = Miss("what leaving early saves is not known without a measurement", 1.0)
         found += [unknown] if leaves_early(row.artifact) else _thin_coverage(row)
     return found
+
+
+def _slowness(row: Row, baseline: Row | None, plain: Row | None) -> list[tuple[Miss, Row]]:
+    """What the candidate is slower than: the student's fp32 file, otherwise what went in."""
+    for other, words in ((plain, "slower than fp32"), (baseline, "slower than what went in")):
+        if other is not None and other is not row:
+            named = words if other is plain else f"{words} ({other.artifact.name})"
+            if slow := _slower(row, other, named):
+                return [(miss, other) for miss in slow]
+    return []
+
+
+def _only_fits(row: Row, other: Row, promise: Promise) -> bool:
+    """Is ``other`` too large for the limit that the candidate keeps?"""
+    mine, theirs = value_of(row.file_bytes), value_of(other.file_bytes)
+    if promise.max_size_mib is None or mine is None or theirs is None:
+        return False
+    return mine <= promise.max_size_mib * MIB < theirs
 
 
 def _accuracy_misses(row: Row, baseline: Row | None, promise: Promise) -> list[Miss]:

@@ -239,6 +239,18 @@ def test_layers_stay_in_int8_kernels_unless_the_promise_needs_float(picture, tmp
     assert tight.score >= loose.score
 
 
+def test_the_smallest_file_is_scored_where_the_promise_is_missed(picture, tmp_path):
+    source, made = picture
+    prospect = Prospect(IntegerBase(source, STATIC, made, CPU, images, None), ALL, images)
+
+    def fewest_bytes(artifact):
+        return -float(artifact.file_bytes)
+
+    found = fit_size([prospect], fewest_bytes, 0.0, int(0.5 * source.file_bytes), tmp_path / "sized.onnx", trials=2)
+    assert set(found.choice.values()) == {"int4"}
+    assert len(found.trials) == 2
+
+
 def test_tables_and_products_of_a_dynamic_file(text, tmp_path):
     source, made = text
     score = closeness(source, onnx_models.tokens(32, seed=8))

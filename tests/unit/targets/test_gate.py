@@ -109,6 +109,18 @@ def test_a_student_slower_than_its_teacher_breaks_the_promise():
     assert "slower than what went in (teacher): 1.25x its p50" in decision.verdict
 
 
+def test_what_alone_fits_the_size_ships_though_it_is_slower_and_says_so():
+    rows = [teacher(), row("fp32", kib=800), row("small", precision="mixed-size", ms=1.5, kib=200)]
+    assert shipped(decide(rows, Promise(max_drop=0.05))) == ["fp32"]
+    decision = decide(rows, Promise(max_drop=0.05, max_size_mib=0.25))
+    assert decision.kept
+    assert shipped(decision) == ["small"]
+    assert "it is slower than fp32: 1.50x its p50, whose file has 0.78 MiB where 0.25 are allowed" in decision.verdict
+    both = decide([*rows, row("quick", precision="int8", ms=0.9, kib=210)], Promise(max_drop=0.05, max_size_mib=0.25))
+    assert shipped(both) == ["quick"]
+    assert "slower" not in both.verdict
+
+
 @pytest.mark.parametrize(
     ("promise", "told"),
     [
