@@ -7,7 +7,7 @@ evaluate while building. No model runs here: Core ML is part of Apple's systems.
 
 from __future__ import annotations
 
-import re
+import json
 import shutil
 import tempfile
 import uuid
@@ -23,7 +23,6 @@ import numpy as np
 from targets.graph_file import load_graph
 from targets.static_graph import Graph, Node
 
-_UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 _DATA = Path("Data") / "com.apple.CoreML"
 
 
@@ -78,10 +77,12 @@ def _settle(package: Path) -> None:
     spec = coremltools.utils.load_spec(str(package))
     (package / _DATA / "model.mlmodel").write_bytes(spec.SerializeToString(deterministic=True))
     manifest = package / "Manifest.json"
-    text = manifest.read_text(encoding="utf-8")
-    for number, found in enumerate(dict.fromkeys(_UUID.findall(text))):
-        text = text.replace(found, str(uuid.uuid5(uuid.NAMESPACE_URL, f"item {number}")).upper())
-    manifest.write_text(text, encoding="utf-8")
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    entries = content["itemInfoEntries"]
+    names = {found: str(uuid.uuid5(uuid.NAMESPACE_URL, item["path"])).upper() for found, item in entries.items()}
+    content["itemInfoEntries"] = {names[found]: item for found, item in entries.items()}
+    content["rootModelIdentifier"] = names[content["rootModelIdentifier"]]
+    manifest.write_text(json.dumps(content, indent=4, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _read(package: Path, graph: Graph) -> dict[str, Any]:
