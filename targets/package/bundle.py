@@ -179,8 +179,8 @@ def _copy_model(folder: Path, outcome: ProfileOutcome, row: Row) -> Model:
     source = row.compiled.path if row.compiled is not None else row.artifact.path
     extra = (*row.compiled.extra_files, *row.compiled.source_files) if row.compiled is not None else ()
     kind = _FORMATS.get(source.suffix, "other")
-    if kind == "onnx" and any(path.name in _RESERVED for path in extra):
-        kind = "other"  # a build kit: an .onnx with tools around it
+    if kind == "onnx" and (any(path.name in _RESERVED for path in extra) or _compiled_inside(source)):
+        kind = "other"  # a build kit: an .onnx with tools around it; or a context binary that only its device loads
     companions: list[str] = []
     if kind in ("onnx", "ort"):
         file = f"model{source.suffix}"
@@ -207,6 +207,15 @@ def _copy_model(folder: Path, outcome: ProfileOutcome, row: Row) -> Model:
         quantization=quantization_of(row.artifact),
         companions=tuple(dict.fromkeys(companions)),
     )
+
+
+def _compiled_inside(path: Path) -> bool:
+    """Is the graph an envelope around what an execution provider compiled?"""
+    import onnx
+
+    with sdk_errors(CompileError, f"read `{path.name}`"):
+        graph = onnx.load(str(path), load_external_data=False).graph
+    return any(node.op_type == "EPContext" for node in graph.node)
 
 
 def _copy_beside(path: Path, base: Path, folder: Path, prefix: str = "") -> str:
