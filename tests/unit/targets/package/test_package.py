@@ -208,6 +208,21 @@ def test_a_build_kit_keeps_its_own_names(engine: Case, build: Build) -> None:
     assert command(folder, "--self-check", "--portable").returncode == 0
 
 
+def test_a_context_binary_in_an_onnx_envelope_is_a_devices_file(engine: Case, build: Build) -> None:
+    outcome, summary, info = engine
+    compiled = outcome.rows[0].compiled
+    assert compiled is not None
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]
+    node = onnx.helper.make_node("EPContext", ["x"], ["y"], "context", domain="com.microsoft", source="QNN")
+    model = compiled.path.with_name("model_ctx.onnx")
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", ends[:1], ends[1:])), model)
+    made = dataclasses.replace(compiled, path=model, extra_files=(), source_files=())
+    row = dataclasses.replace(outcome.rows[0], compiled=made)
+    folder = build((dataclasses.replace(outcome, rows=(row,)), summary, info)).with_suffix("")
+    assert json.loads((folder / "manifest.json").read_text())["model"]["file"] == "device/model_ctx.onnx"
+    assert command(folder, "--self-check", "--portable").returncode == 0
+
+
 def test_information_for_packing_again_is_kept(sentences: Case, build: Build) -> None:
     archive = build(sentences)
     before = archive.read_bytes()
