@@ -8,7 +8,7 @@ Works on any ONNX file, quantized ones included. Neither torch nor training is n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,7 +87,7 @@ def confidence(logits: np.ndarray) -> np.ndarray:
 
 def _parts(graph: GraphProto, order: Sequence[str]) -> _Parts:
     """Nodes by the first exit that needs them, in their order; weights where the first of their readers is."""
-    found = _own_dequantize(graph.node)
+    found = _own_dequantize(list(graph.node))
     makers = {name: node for node in found for name in node.output}
     level: dict[int, int] = {}
     for number, output in enumerate(order):
@@ -111,7 +111,7 @@ def _parts(graph: GraphProto, order: Sequence[str]) -> _Parts:
     return _Parts(nodes, weights)
 
 
-def _own_dequantize(nodes: Iterable[NodeProto]) -> list[NodeProto]:
+def _own_dequantize(nodes: Sequence[NodeProto]) -> list[NodeProto]:
     """``nodes`` with a DequantizeLinear for every reader of one.
 
     A runtime makes an integer kernel of a layer only with the pairs around it in the same graph: what is read on both
