@@ -168,8 +168,8 @@ def _rules_page(found: dict[str, dict[str, object]]) -> list[str]:
     lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1)), ""]
     lines += [
         "A file that breaks one rule (`opset 17`: also the one to quantize the whole graph): what the lint says first,",
-        "and what the compiler does with it when the lint is not asked. Where it takes the file, the rule is there for speed",
-        "or for other files.",
+        "and what the compiler does with it when the lint is not asked. Where it takes the file, the rule is there for",
+        "speed or for other files.",
         "",
         "| target | broken | the lint | the compiler |",
         "|---|---|---|---|",
