@@ -7,7 +7,7 @@ behind DequantizeLinear, or run as ConvInteger, is slower than the float file; h
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,23 @@ def kernel_coverage(model: Any) -> Coverage:
                 total += 1
                 left.append(_left(node, scope, quantized_file))
     return Coverage(quantized=covered, total=total, left_float=tuple(left))
+
+
+def coverage_of_run(ran: Iterable[tuple[str, str]], file: Any) -> Coverage:
+    """Coverage of the nodes (name, operator) that a runtime's profiler saw; ``file`` is the ``onnx.ModelProto`` that it
+    was given, from which come the reasons: a node that a runtime does not fuse keeps its name.
+    """
+    given = kernel_coverage(file)
+    reasons = {fact.name: fact.reason for fact in given.left_float}
+    heavy = [(name, kind) for name, kind in ran if kind in QUANTIZED | FLOAT | set(SLOW_INTEGER)]
+    whole_file = {fact.reason for fact in given.left_float} == {UNQUANTIZED}
+    other = UNQUANTIZED if whole_file else "the runtime made a float kernel of it"
+    left = tuple(
+        NodeFact(name, kind, False, SLOW_INTEGER.get(kind) or reasons.get(name, other))
+        for name, kind in heavy
+        if kind not in QUANTIZED
+    )
+    return Coverage(quantized=len(heavy) - len(left), total=len(heavy), left_float=left)
 
 
 def node_count(model: Any) -> int:

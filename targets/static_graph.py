@@ -230,9 +230,10 @@ def _without_dynamic(graph: Graph) -> Graph:
     if not replaced:
         return graph
     shapes = {**graph.shapes, **{name: graph.constants[stored].shape for name, stored in weights.items()}}
+    types = {**graph.types, **dict.fromkeys(weights, np.dtype(np.float32))}
     kept = (node for node in graph.nodes if node.name not in dropped)
     nodes = tuple(item for node in kept for item in replaced.get(node.name, [node]))
-    return pruned(replace(graph, nodes=nodes, constants=constants, shapes=shapes))
+    return pruned(replace(graph, nodes=nodes, constants=constants, shapes=shapes, types=types))
 
 
 def pruned(graph: Graph) -> Graph:
@@ -251,7 +252,7 @@ def _gathers_after_dequantize(graph: Graph) -> Graph:
     readers = graph.consumers()
     nodes: list[Node] = []
     skipped: set[str] = set()
-    shapes = dict(graph.shapes)
+    shapes, types = dict(graph.shapes), dict(graph.types)
     for node in graph.nodes:
         if node.name in skipped:
             continue
@@ -266,10 +267,10 @@ def _gathers_after_dequantize(graph: Graph) -> Graph:
             and graph.constants[after[0].input(1)].size == 1
         ):
             inside = f"{node.outputs[0]}/table"
-            shapes[inside] = tuple(table.shape)
+            shapes[inside], types[inside] = tuple(table.shape), graph.types[after[0].outputs[0]]
             nodes.append(Node(DEQUANTIZE, after[0].name, (node.input(0), *after[0].inputs[1:]), (inside,)))
             nodes.append(Node("Gather", node.name, (inside, node.input(1)), after[0].outputs, node.attributes))
             skipped.add(after[0].name)
         else:
             nodes.append(node)
-    return replace(graph, nodes=tuple(nodes), shapes=shapes)
+    return replace(graph, nodes=tuple(nodes), shapes=shapes, types=types)

@@ -7,17 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from compressor.budgets import budgets_of, measured_here
 from compressor.cli.devices import check_devices
 from compressor.cli.output import stdout_json, table
 from compressor.errors import CompressError, TargetUnavailable
 from compressor.profile import HardwareProfile, load_profile
 from compressor.recipe import PruneStage, Recipe
-from compressor.types import Array, Artifact, Figure, Format, Measurement, Origin, TensorSpec, Unavailable, file_digest
-
-DEFAULT_SEQUENCE = 64  # length of a dynamic dimension that is not the batch, when the profile's options do not say
+from compressor.types import Artifact, Figure, Format, Measurement, Origin, Unavailable, file_digest
 
 
 def profile_command(model: Path, names: Sequence[str], devices: Sequence[str], *, as_json: bool) -> int:
@@ -113,6 +109,7 @@ def _figures(backend: Any, compiled: Any, profile: HardwareProfile, state: Any) 
         return gone, gone
     from targets.measure import measure
     from targets.memory import peak_memory
+    from targets.plausible import random_inputs
     from targets.trial import timed_run
 
     batches = [random_inputs(compiled.artifact.inputs, profile, seed) for seed in range(4)]
@@ -130,28 +127,6 @@ def _figures(backend: Any, compiled: Any, profile: HardwareProfile, state: Any) 
     if backend.memory_apart:
         return latency, Unavailable(backend.memory_apart)
     return latency, peak_memory(backend.name, compiled, profile, batches[:1])
-
-
-def random_inputs(specs: Sequence[TensorSpec], profile: HardwareProfile, seed: int) -> dict[str, Array]:
-    """Plausible inputs: normal floats, token ids below 1,000, masks of ones. Batch from the profile, other dynamic
-    dimensions from its option ``max_sequence`` or 64."""
-    generator = np.random.default_rng(seed)
-    length = int(profile.options.get("max_sequence", DEFAULT_SEQUENCE))
-    made: dict[str, Array] = {}
-    for spec in specs:
-        shape = [
-            size if isinstance(size, int) else profile.runtime.batch if axis == 0 else length
-            for axis, size in enumerate(spec.shape)
-        ]
-        if np.dtype(spec.dtype).kind == "f":
-            made[spec.name] = generator.standard_normal(shape).astype(spec.dtype)
-        elif "mask" in spec.name:
-            made[spec.name] = np.ones(shape, spec.dtype)
-        elif "type" in spec.name:
-            made[spec.name] = np.zeros(shape, spec.dtype)
-        else:
-            made[spec.name] = generator.integers(0, 2 if spec.dtype == "bool" else 100, shape).astype(spec.dtype)
-    return made
 
 
 def _text(figure: Figure) -> str:

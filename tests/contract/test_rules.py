@@ -27,6 +27,7 @@ COMBINATIONS = combinations()
 WEIGHTED = {"cnn": 6, "transformer": 7}  # layers with weights
 TRUTH = {
     ("coreml", "16-bit activations"): REFUSES,
+    ("coreml", "quantized at run time"): FLOATS,
     ("ethos-u", "16-bit activations"): REFUSES,
     ("ethos-u", "quantized at run time"): LEAVES,
     ("litert", "16-bit activations"): REFUSES,
@@ -45,6 +46,8 @@ TRUTH = {
     ("tensorrt", "uint8 weights"): REFUSES,
     ("tflite-micro", "16-bit activations"): REFUSES,
     ("tflite-micro", "quantized at run time"): FLOATS,
+    ("web", "16-bit activations"): FLOATS,
+    ("web", "int8 activations"): FLOATS,
 }
 BROKEN = [
     (combination, case)

@@ -23,7 +23,8 @@ from targets import toolchain
 from targets.backends.web.options import options_of
 from targets.backends.web.server import Browser, Page, browse, find_browser
 from targets.base import Compiled, Missing, Ready, Session, TargetBackend, option_problems
-from targets.coverage import kernel_coverage, node_count
+from targets.coverage import coverage_of_run
+from targets.plausible import random_inputs
 
 TOOLCHAIN = "web"
 PAGE = Path(__file__).parent / "page"
@@ -65,28 +66,21 @@ class Web(TargetBackend):
         with sdk_errors(CompileError, f"read `{artifact.name}`", hint="Is the file a valid ONNX model?"):
             model = onnx.load(str(artifact.path))  # weights beside the file go into it: a page fetches one file
             onnx.save(model, str(folder / "model.onnx"))
+        seconds = time.perf_counter() - started
+        ran = nodes_that_ran(folder / "model.onnx", artifact, profile)
         return Compiled(
             path=folder / "model.onnx",
             artifact=artifact,
-            placed=node_count(model),
-            coverage=kernel_coverage(model),
-            compile_seconds=time.perf_counter() - started,
+            placed=len(ran),
+            coverage=coverage_of_run(ran, model),
+            compile_seconds=seconds,
             source_files=_for_package(folder / "web"),
-            notes=("kernel coverage is that of the file: a browser does not tell what its runtime fused",),
         )
 
     @contextmanager
     def open(self, compiled: Compiled, profile: HardwareProfile) -> Iterator[Session]:
         """The page in a headless browser, with the model loaded."""
-        executable = find_browser()
-        if executable is None:
-            raise TargetUnavailable("no Chromium on the PATH", hint="Install Chromium.")
-        options, threads = options_of(profile), min(profile.runtime.threads, usable_cores())
-        page = Page(page_files(compiled.path), {"threads": threads, "level": profile.runtime.graph_level})
-        with browse(executable, page, options.timeout_s) as browser:
-            facts, _ = browser.wait(f"load `{compiled.artifact.name}` in the browser")
-            if not facts["isolated"] or facts["threads"] != threads:
-                raise RunError(f"the page got {facts['threads']} threads instead of {threads}")
+        with _loaded(compiled.path, compiled.artifact, profile) as browser:
             yield WebSession(browser)
 
 
@@ -104,6 +98,34 @@ class WebSession:
         """Time of each of ``count`` runs in the page, in ns; the clock of an isolated page ticks every 5 us."""
         facts, _ = self._browser.ask({"count": count, "outputs": False}, inputs)
         return [round(value * 1e6) for value in facts["times"]]
+
+
+@contextmanager
+def _loaded(model: Path, artifact: Artifact, profile: HardwareProfile, *, profiled: bool = False) -> Iterator[Browser]:
+    """The page in a headless browser, with the model loaded."""
+    executable = find_browser()
+    if executable is None:
+        raise TargetUnavailable("no Chromium on the PATH", hint="Install Chromium.")
+    options, threads = options_of(profile), min(profile.runtime.threads, usable_cores())
+    page = Page(page_files(model), {"threads": threads, "level": profile.runtime.graph_level, "profile": profiled})
+    with browse(executable, page, options.timeout_s) as browser:
+        facts, _ = browser.wait(f"load `{artifact.name}` in the browser")
+        if not facts["isolated"] or facts["threads"] != threads:
+            raise RunError(f"the page got {facts['threads']} threads instead of {threads}")
+        yield browser
+
+
+def nodes_that_ran(model: Path, artifact: Artifact, profile: HardwareProfile) -> tuple[tuple[str, str], ...]:
+    """Name and operator of every node that ran on one plausible input, from the profiler of the browser's own runtime.
+
+    Raises :class:`CompileError` where the page cannot load or run the file.
+    """
+    try:
+        with _loaded(model, artifact, profile, profiled=True) as browser:
+            facts, _ = browser.ask({"ran": True}, random_inputs(artifact.inputs, profile, seed=0))
+    except RunError as error:
+        raise CompileError(str(error), hint=error.hint) from error
+    return tuple((str(name), str(operator)) for name, operator in facts["nodes"])
 
 
 def runtime_files() -> dict[str, Path]:

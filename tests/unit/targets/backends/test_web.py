@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import threading
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,14 +16,15 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from compressor.errors import RunError
+from compressor.errors import CompileError, RunError
 from compressor.profile import load_profile
 from compressor.types import Artifact, Format, TensorSpec, file_digest
 from targets import registry
 from targets.backends.web.server import find_browser
-from targets.base import Missing, SelfTimed
+from targets.base import UNQUANTIZED, Missing, SelfTimed
 from targets.measure import Settings, measure
 from targets.messages import decode, encode
+from tests.unit.targets.conftest import artifact as described
 
 PROFILE = "this-machine-chromium"
 
@@ -90,6 +92,24 @@ def test_chromium_answers_like_onnx_runtime_and_times_itself(artifact, tmp_path)
         with pytest.raises(RunError, match="browser"):
             session.run({"wrong": inputs["x"]})
         np.testing.assert_allclose(session.run(inputs)["y"], expected, rtol=1e-5)  # it still serves
+
+
+@pytest.mark.browser
+def test_coverage_is_of_the_kernels_that_ran_in_the_browser(models, tmp_path):
+    """Four weighted nodes: all of them integer kernels where activations are quantized, none where nothing is."""
+    target, profile = ready(), load_profile(PROFILE)
+    static = target.compile(
+        described(models["static"], "student/int8", precision="int8-static"), profile, tmp_path / "a"
+    )
+    assert (static.coverage.quantized, static.coverage.total) == (4, 4)
+    plain = target.compile(described(models["fp32"], "student/fp32"), profile, tmp_path / "b")
+    assert (plain.coverage.quantized, plain.coverage.total) == (0, 4)
+    assert {fact.reason for fact in plain.coverage.left_float} == {UNQUANTIZED}
+    assert plain.placed > 4
+    broken = described(models["fp32"], "student/broken")
+    wrong = replace(broken, inputs=(TensorSpec("image", "float32", ("batch", 4, 12, 12)),))
+    with pytest.raises(CompileError, match="browser"):
+        target.compile(wrong, profile, tmp_path / "c")
 
 
 @pytest.mark.browser
