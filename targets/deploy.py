@@ -29,7 +29,8 @@ from targets.dearest import with_nodes
 from targets.exits import sentence, with_shares
 from targets.gate import decide
 from targets.measure import Settings
-from targets.outcome import Loyalty, ProfileOutcome, Promise, Row, State
+from targets.nearness import nearness
+from targets.outcome import Loyalty, Nearness, ProfileOutcome, Promise, Row, State
 from targets.site import find_site
 from targets.trial import (
     Deployment,
@@ -238,13 +239,15 @@ def _with_test(run: Deployment, rows: Sequence[Row]) -> tuple[Row, ...]:
     wanted = [row.shipped or row.artifact.role != "student" or row.artifact.precision == "fp32" for row in rows]
     found: dict[str, Array] = {}
     taken: dict[str, Array | None] = {}
+    near: dict[str, Nearness | None] = {}
     failed: dict[str, str] = {}
     for trial, needed in zip(run.trials, wanted, strict=True):
         if needed and trial.validation is not None:
             run.event("deploy", {"text": f"{run.profile.name}: scoring {trial.artifact.name} on test"})
             try:
-                found[trial.artifact.name] = predictions(run, trial, test)
+                outputs = found[trial.artifact.name] = predictions(run, trial, test)
                 taken[trial.artifact.name] = exits_taken(run, trial, test)
+                near[trial.artifact.name] = nearness(run, trial, test, outputs, classes=_has_classes(run, outputs))
             except DeviceLost:
                 raise
             except CompressError as error:
@@ -252,7 +255,14 @@ def _with_test(run: Deployment, rows: Sequence[Row]) -> tuple[Row, ...]:
     scored = (
         _test_row(run, row, test, found, failed) if needed else row for row, needed in zip(rows, wanted, strict=True)
     )
-    return tuple(replace(row, test=with_shares(row.test, taken.get(row.artifact.name))) for row in scored)
+    return tuple(
+        replace(
+            row,
+            test=with_shares(row.test, taken.get(row.artifact.name)),
+            nearness=near.get(row.artifact.name),
+        )
+        for row in scored
+    )
 
 
 def _test_row(run: Deployment, row: Row, test: EvalSet, found: dict[str, Array], failed: dict[str, str]) -> Row:

@@ -43,6 +43,16 @@ class Loyalty:
 
 
 @dataclass(frozen=True)
+class Nearness:
+    """What the compiled file answers beside ONNX Runtime, here, on the ONNX file that it was compiled from."""
+
+    worst: float  # largest absolute difference of an output
+    reach: float  # largest absolute value of ONNX Runtime's outputs
+    samples: int  # of the test set
+    argmax: float | None = None  # share of samples of the same class, 0..1; None: the outputs are no classes
+
+
+@dataclass(frozen=True)
 class Row:
     """One artifact on one profile: a line of the report's table.
 
@@ -62,6 +72,7 @@ class Row:
     loyalty: Loyalty | None = None  # to the teacher, on the test set
     regression_loyalty: float | None = None  # nearness to the teacher's similarities, or its likelihoods of texts, 0..1
     agreement: float | None = None  # argmax equal to the same role's fp32 file, on the test set
+    nearness: Nearness | None = None  # None: not tested, or ONNX Runtime here is what ran it
     compiled: Compiled | None = None
     coverage: Coverage | None = None
     shipped: bool = False

@@ -50,7 +50,7 @@ def find_site(profile: HardwareProfile, backend: TargetBackend, ready: Ready) ->
     - The back end cannot run here: ONNX Runtime on the CPU runs the same ONNX file, as a stand-in for accuracy.
     """
     if ready.runs is None:
-        return _stand_in(ready)
+        return stand_in(ready.why_not)
     key = _key(backend, ready)
     if profile.here == "this-machine" or ready.attached or ready.device == profile.compute.processor:
         simulator = f"{backend.name} is a simulator: its speed says nothing about a device"
@@ -64,7 +64,8 @@ def find_site(profile: HardwareProfile, backend: TargetBackend, ready: Ready) ->
     return Site(backend, profile, ready.device, Origin.PROXY, State.PROXY, False, why, key)
 
 
-def _stand_in(ready: Ready) -> Site | None:
+def stand_in(why: str = "") -> Site | None:
+    """ONNX Runtime on this machine's CPU, for the portable file. ``why``: the device's own runtime cannot be used."""
     if STAND_IN not in registry.names() or not isinstance(other := registry.probe(STAND_IN), Ready):
         return None
     backend = registry.get(STAND_IN)
@@ -77,8 +78,10 @@ def _stand_in(ready: Ready) -> Site | None:
         }
     )
     device = f"ONNX Runtime on {other.device}"
-    why = ready.why_not or "compiled here, cannot run here"
-    return Site(backend, profile, device, Origin.PROXY, State.COMPILED, True, why, _key(backend, other))
+    return Site(
+        backend, profile, device, Origin.PROXY, State.COMPILED, True, why or "compiled here, cannot run here",
+        _key(backend, other),
+    )  # fmt: skip
 
 
 def _key(backend: TargetBackend, ready: Ready) -> str:

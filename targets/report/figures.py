@@ -24,6 +24,17 @@ def significant(value: float, digits: int = 3) -> str:
     return f"{value:.{max(0, digits - 1 - magnitude)}f}".replace("-", MINUS)
 
 
+def small(value: float) -> str:
+    """Three significant digits, with an exponent below 0.0001 and none for zero.
+
+    >>> small(0.0), small(3.21e-06), small(0.321)
+    ('0', '3.2e-06', '0.321')
+    """
+    if value == 0:
+        return "0"
+    return f"{value:.1e}" if abs(value) < 1e-4 else significant(value)
+
+
 def is_percentage(metric: str) -> bool:
     """Accuracies, agreements, F1 scores, BLEU and ROUGE read as percentages; a correlation does not."""
     return any(word in metric.lower() for word in ("accuracy", "agreement", "f1", "bleu", "rouge"))

@@ -19,7 +19,7 @@ from targets.report.compare import size_ratio, twin_verdicts
 from targets.report.facts import fact_groups
 from targets.report.picture import Picture, draw, kind_of
 from targets.report.seeds import SEED_HEADERS, seed_rows, seed_sentences
-from targets.report.table import coverage_text, drop_text, explained_floats, latency_text
+from targets.report.table import compile_text, coverage_text, drop_text, explained_floats, latency_text, nearness_text
 
 WIDE_PX, NARROW_PX = (920.0, 470.0), (380.0, 440.0)
 
@@ -67,7 +67,7 @@ def to_html(summary: RunSummary) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["significant"] = _small
+    environment.filters["significant"] = figures.small
     return environment.get_template("template.html").render(
         summary=summary,
         profiles=[_profile(index, outcome, summary.metric) for index, outcome in enumerate(summary.outcomes)],
@@ -78,10 +78,6 @@ def to_html(summary: RunSummary) -> str:
         groups=fact_groups(summary),
         recipe=json.dumps(summary.recipe, indent=2, ensure_ascii=False, default=str),
     )
-
-
-def _small(value: float) -> str:
-    return f"{value:.1e}" if 0 < abs(value) < 1e-4 else figures.significant(value)
 
 
 def _profile(index: int, outcome: ProfileOutcome, metric: str) -> dict[str, Any]:
@@ -144,7 +140,7 @@ def _row(row: Row, outcome: ProfileOutcome, metric: str, notes: Footnotes) -> di
         "memory": _cell(row.peak_memory, lambda value: f"{figures.significant(value)} MiB", notes),
         "coverage": _said(coverage_text(row), notes),
         "state": {State.EXECUTED: "good", State.PROXY: "fair", State.COMPILED: "fair"}.get(row.state, "bad"),
-        "loyalty": _loyalty(row),
+        "beside": _comparisons(row),
     }
 
 
@@ -156,8 +152,8 @@ def _said(text: str, notes: Footnotes) -> Cell:
     return Cell(number, rest.rstrip(")"))
 
 
-def _loyalty(row: Row) -> str:
-    """Agreement with the teacher and with the fp32 file, where they were measured."""
+def _comparisons(row: Row) -> str:
+    """Agreement with the teacher, with the fp32 file and with the ONNX file, where they were measured; compile time."""
     parts = []
     if row.regression_loyalty is not None:
         parts.append(f"regression loyalty {100 * row.regression_loyalty:.2f} %")
@@ -166,7 +162,7 @@ def _loyalty(row: Row) -> str:
         parts.append(f"probability loyalty {100 * row.loyalty.probability:.2f} %")
     if row.agreement is not None:
         parts.append(f"agreement with its fp32 file {100 * row.agreement:.2f} %")
-    return ", ".join(parts)
+    return " · ".join(text for text in (", ".join(parts), nearness_text(row), compile_text(row)) if text)
 
 
 def _card(outcome: ProfileOutcome, metric: str) -> Card | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from targets.outcome import ProfileOutcome, Row, RunSummary
@@ -9,7 +10,18 @@ from targets.report import figures
 from targets.report.compare import twin_verdicts
 from targets.report.facts import fact_groups
 from targets.report.seeds import SEED_HEADERS, seed_rows, seed_sentences
-from targets.report.table import HEADERS, explained_floats, headline, profile_rows
+from targets.report.table import (
+    HEADERS,
+    OVERVIEW,
+    compile_text,
+    explained_floats,
+    headline,
+    nearness_text,
+    overview_row,
+    profile_rows,
+)
+
+FEW = 3  # profiles whose verdicts can be read as sentences
 
 
 def to_markdown(summary: RunSummary) -> str:
@@ -22,7 +34,10 @@ def to_markdown(summary: RunSummary) -> str:
     ]
     lines += [f"> **Warning:** {escape(warning)}" for warning in summary.warnings]
     lines += [""] if summary.warnings else []
-    lines += [f"- {escape(headline(outcome, summary.metric))}" for outcome in summary.outcomes]
+    if len(summary.outcomes) > FEW:
+        lines += _overview(summary)
+    else:
+        lines += [f"- {escape(headline(outcome, summary.metric))}" for outcome in summary.outcomes]
     for outcome in summary.outcomes:
         lines += ["", *_profile(outcome, summary)]
     lines += (
@@ -36,15 +51,40 @@ def to_markdown(summary: RunSummary) -> str:
     return "\n".join([*lines, *_provenance(summary), ""])
 
 
+def _overview(summary: RunSummary) -> list[str]:
+    """What ships on each of many profiles, a line each; the sentences stand with the profiles."""
+    found = [overview_row(outcome, summary.metric) for outcome in summary.outcomes]
+    return _noted(OVERVIEW, found)
+
+
+def _noted(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table whose reasons stand below it, each once."""
+    reasons: list[str] = []
+
+    def short(cell: str) -> str:
+        word, separator, reason = cell.partition(": ")
+        if word != "unavailable" or not separator:
+            return cell
+        if reason not in reasons:
+            reasons.append(reason)
+        return f"unavailable ({reasons.index(reason) + 1})"
+
+    lines = markdown_table(headers, [[short(cell) for cell in row] for row in rows])
+    for number, reason in enumerate(reasons, 1):
+        lines += ["", f"({number}) {escape(reason)}"]
+    return lines
+
+
 def _profile(outcome: ProfileOutcome, summary: RunSummary) -> list[str]:
     state = "target missing" if outcome.missing else "promise kept" if outcome.kept else "promise missed"
     lines = [f"## {escape(outcome.title)} (`{_code(outcome.profile)}`): {state}", ""]
     lines += [f"Target `{_code(outcome.target)}`, device: {escape(outcome.device)}. {escape(outcome.verdict)}", ""]
     if outcome.missing:
         lines += [f"Missing: {escape(outcome.missing)}", ""]
-    cells = [row[1:] for row in profile_rows(outcome, summary.metric)]
-    lines += markdown_table(HEADERS[1:], cells)
+    lines += _noted(HEADERS[1:], [row[1:] for row in profile_rows(outcome, summary.metric)])
     for row in outcome.rows:
+        told = ", ".join(text for text in (nearness_text(row), compile_text(row)) if text)
+        lines += ["", f"{escape(row.artifact.name)}: {escape(told)}."] if row.nearness is not None else []
         lines += _left_float(row)
     return lines + [line for note in outcome.notes for line in ("", escape(note))]
 
@@ -53,7 +93,8 @@ def _left_float(row: Row) -> list[str]:
     """One line for each reason: in a transformer dozens of nodes share one."""
     nodes: dict[str, list[str]] = {}
     for fact in explained_floats(row):
-        nodes.setdefault(fact.reason or "not stated", []).append(f"{fact.name} ({fact.operator})")
+        reason = re.sub(r" \(layer `[^`]*`\)", "", fact.reason)  # a name of each node's own in the compiler
+        nodes.setdefault(reason or "not stated", []).append(f"{fact.name} ({fact.operator})")
     name = escape(row.artifact.name)
     return [
         line

@@ -8,6 +8,7 @@ from targets.outcome import ProfileOutcome, Row, RunSummary
 from targets.report import figures
 from targets.report.compare import drop, size_ratio
 
+FLOATS = frozenset({"fp32", "fp16", "bf16"})
 HEADERS = [
     "profile",
     "model",
@@ -27,6 +28,24 @@ HEADERS = [
 ]
 
 
+OVERVIEW = [
+    "profile",
+    "ships",
+    "test",
+    "to teacher",
+    "p50",
+    "speed-up",
+    "size",
+    "smaller",
+    "peak memory",
+    "same class as its ONNX file",
+    "worst difference",
+    "compile",
+    "state",
+    "promise",
+]
+
+
 def headers(_summary: RunSummary | None = None) -> list[str]:
     """Column names of :func:`rows`."""
     return list(HEADERS)
@@ -43,6 +62,34 @@ def profile_rows(outcome: ProfileOutcome, metric: str) -> list[list[str]]:
         why = f"unavailable: {outcome.missing or outcome.verdict or 'nothing was built for this profile'}"
         return [[outcome.profile, "none", *[why] * (len(HEADERS) - 3), outcome.verdict or why]]
     return [_cells(row, outcome, metric) for row in outcome.rows]
+
+
+def overview_row(outcome: ProfileOutcome, metric: str) -> list[str]:
+    """What ships on a profile, in the order of :data:`OVERVIEW`; the test figure with its origin."""
+    promise = "target missing" if outcome.missing else "kept" if outcome.kept else "missed"
+    row = outcome.shipped
+    if row is None:
+        why = f"unavailable: {outcome.missing or outcome.verdict or 'nothing was built for this profile'}"
+        return [outcome.profile, "nothing", *[why] * (len(OVERVIEW) - 4), "unavailable", promise]
+    near, test = row.nearness, figures.say(row.test, lambda value: figures.score(value, metric))
+    itself = "unavailable: ONNX Runtime on this machine ran the ONNX file itself, or cannot run it"
+    same = f"{100 * near.argmax:.2f} %" if near is not None and near.argmax is not None else itself
+    return [
+        outcome.profile,
+        row.artifact.name,
+        f"{test} ({row.test.origin.value})" if isinstance(row.test, Measurement) else test,
+        drop_text(row, outcome, metric),
+        latency_text(row),
+        figures.say(row.speedup, figures.times),
+        figures.say(row.file_bytes, figures.mebibytes),
+        figures.say(size_ratio(row, outcome), figures.times),
+        figures.say(row.peak_memory, lambda value: f"{figures.significant(value)} MiB"),
+        "no classes" if near is not None and near.argmax is None else same,
+        itself if near is None else f"{figures.small(near.worst)} of {figures.significant(near.reach)}",
+        compile_text(row).removeprefix("compiled in ") or "nothing to compile",
+        row.state.value,
+        promise,
+    ]
 
 
 def _cells(row: Row, outcome: ProfileOutcome, metric: str) -> list[str]:
@@ -99,9 +146,29 @@ def origin_text(figure: Figure) -> str:
     return figures.unavailable(figure)
 
 
+def nearness_text(row: Row) -> str:
+    """How far the compiled file's answers are from the ONNX file's; empty where there is nothing to compare."""
+    near = row.nearness
+    if near is None:
+        return ""
+    same = "" if near.argmax is None else f"same class {100 * near.argmax:.2f} %, "
+    return (
+        f"beside ONNX Runtime on the same file ({near.samples:,} test samples): {same}"
+        f"worst difference {figures.small(near.worst)} of outputs up to {figures.significant(near.reach)}"
+    )
+
+
+def compile_text(row: Row) -> str:
+    """How long the compiler took, where there was one."""
+    seconds = row.compiled.compile_seconds if row.compiled is not None else 0.0
+    return f"compiled in {figures.small(seconds)} s" if seconds else ""
+
+
 def explained_floats(row: Row) -> tuple[NodeFact, ...]:
     """What stayed float and needs a reason: not the nodes of a file in which nothing was to be quantized."""
     facts = row.coverage.left_float if row.coverage is not None else ()
+    if row.artifact.precision in FLOATS:
+        return ()
     return tuple(fact for fact in facts if fact.reason != UNQUANTIZED)
 
 

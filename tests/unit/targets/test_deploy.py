@@ -104,6 +104,20 @@ def test_test_split_is_touched_only_by_what_the_report_quotes(candidates, data, 
     assert rows["student/static"].loyalty.probability > 0.9
 
 
+def test_what_a_compiler_changed_is_told_beside_the_onnx_file(candidates, data, tmp_path):
+    """The numpy reference is another runtime; ONNX Runtime beside itself would say nothing."""
+    other = run("numpy-reference", candidates, data, tmp_path / "a")
+    tested = [row for row in other.rows if isinstance(row.test, Measurement)]
+    assert tested
+    for row in tested:
+        assert row.nearness.argmax == 1.0
+        assert row.nearness.samples == len(data.test)
+        assert 0 < row.nearness.worst < 1e-2 * row.nearness.reach or row.artifact.precision != "fp32"
+    assert {row.nearness for row in other.rows if row not in tested} == {None}
+    same = run("raspberry-pi-5", candidates, data, tmp_path / "b")
+    assert {row.nearness for row in same.rows} == {None}
+
+
 def test_a_device_elsewhere_gets_accuracy_by_proxy_and_no_latency(candidates, data, tmp_path):
     outcome = run("raspberry-pi-5", candidates, data, tmp_path)
     assert outcome.device == "Broadcom BCM2712, 4x Arm Cortex-A76"

@@ -15,10 +15,11 @@ import pytest
 
 from compressor.errors import ConfigError
 from compressor.types import Artifact, Measurement, Origin, Unavailable
-from targets.outcome import ParityRow, RunSummary
+from targets.outcome import Nearness, ParityRow, RunSummary
 from targets.report import from_json, read_report, to_html, to_json, to_markdown, write_report
+from targets.report.markdown import escape
 from targets.report.serialise import read_outcome, write_outcome
-from targets.report.table import HEADERS, headers, headline, rows
+from targets.report.table import HEADERS, OVERVIEW, headers, headline, rows
 from tools.generate_report_schema import PATH, text
 
 ROOT = Path(__file__).parents[4]
@@ -158,7 +159,8 @@ def test_headline_names_what_ships_and_its_origin(summary: RunSummary) -> None:
 def test_markdown_has_every_row_and_reason_and_escapes(summary: RunSummary) -> None:
     page = to_markdown(summary)
     for reason in reasons_of(summary):
-        assert f"unavailable: {reason}" in page
+        assert f") {escape(reason)}" in page, "below its table"
+    assert "| unavailable (1) |" in page
     assert "<script" not in page
     assert "<img" not in page
     assert "the Vela compiler is not installed" in page
@@ -166,6 +168,25 @@ def test_markdown_has_every_row_and_reason_and_escapes(summary: RunSummary) -> N
     lines = [line for line in page.splitlines() if line.startswith("| student/int8-static-per-channel (ships)")]
     assert len(lines) == 2
     assert {line.count("|") for line in lines} == {len(HEADERS)}
+
+
+def test_many_profiles_begin_with_one_line_each(summary: RunSummary) -> None:
+    first, *others = summary.outcomes
+    near = Nearness(worst=0.012, reach=14.5, samples=400, argmax=0.9975)
+    shipped = tuple(dataclasses.replace(row, nearness=near) if row.shipped else row for row in first.rows)
+    told = dataclasses.replace(summary, outcomes=(dataclasses.replace(first, rows=shipped), *others))
+    page = to_markdown(told)
+    table = page[page.index("| profile | ships |") :].split("\n\n")[0].splitlines()
+    assert len(table) == 2 + len(summary.outcomes)
+    assert {line.count("|") for line in table} == {len(OVERVIEW) + 1}
+    assert "| 93.52 % (measured) |" in table[2]
+    assert "| 99.75 % | 0.0120 of 14.5 |" in table[2]
+    sentence = "beside ONNX Runtime on the same file (400 test samples): same class 99.75 %, worst difference 0.0120"
+    assert sentence in page
+    assert sentence in to_html(told)
+    one = dataclasses.replace(told, outcomes=told.outcomes[:1])
+    assert "| profile | ships |" not in to_markdown(one)
+    assert f"- {escape(headline(first, 'accuracy'))}" in to_markdown(one)
 
 
 class Loads(HTMLParser):
