@@ -47,7 +47,6 @@ TRUTH = {
     ("tflite-micro", "16-bit activations"): REFUSES,
     ("tflite-micro", "quantized at run time"): FLOATS,
     ("web", "16-bit activations"): FLOATS,
-    ("web", "int8 activations"): FLOATS,
 }
 BROKEN = [
     (combination, case)
