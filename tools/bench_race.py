@@ -29,6 +29,16 @@ from targets import toolchain
 
 HERE = Path(__file__).parent
 TURN_NS = 2e7
+HEAD = """# The race on this machine, beside runtimes configured by hand
+
+`python -m tools.bench race`: what target `auto` ships for `this-machine-auto` in the runs of
+[fashion-mnist-everywhere](fashion-mnist-everywhere/report.md) and
+[movie-reviews-everywhere](movie-reviews-everywhere/report.md) (their reports show the whole race), beside the same
+student put through each runtime's own exporter and quantizer and run through its own Python interface, as its guide
+says: ONNX Runtime (static uint8 x int8 per channel, or dynamic int8 per channel for text), OpenVINO with NNCF,
+litert-torch with ai-edge-quantizer, ExecuTorch with XNNPACK's quantizer. One thread, one process per file, turns of
+about 20 ms in rotating order; every file is scored on the whole test set.
+"""
 CALIBRATED = 256
 ORT, OPENVINO = "onnxruntime", "openvino"
 RUNTIMES = {"onnxruntime-cpu": ORT, "openvino": OPENVINO, "litert": "litert", "executorch": "executorch"}
