@@ -73,7 +73,10 @@ def load_data(
         splits=splits,
         labels=config.labels or model.labels or raw.names,
         source=raw.source,
-        digests={name: _fingerprint(split, domains.get(name)) for name, split in splits.items()},
+        digests={
+            name: _fingerprint(split, domains.get(name), _prepared(stores[kept[name][0]]))
+            for name, split in splits.items()
+        },
         duplicates_dropped=clean.dropped,
         notes=(*raw.notes, *notes, *clean.notes, *_truncation(stores)),
         examples=_examples(raw, *kept["validation"], model.task),
@@ -282,12 +285,23 @@ def _check_shapes(splits: Mapping[str, Split], model: LoadedModel) -> None:
         )
 
 
-def _fingerprint(split: Split, domains: Array | None = None) -> str:
+def _prepared(store: Store) -> str:
+    """What the model sees of the samples beside their own bytes: settings of pictures, lengths that cut texts."""
+    if isinstance(store, PictureStore):
+        return store.preprocess.model_dump_json()
+    texts = store.source if isinstance(store, TargetStore) else store
+    cut = [texts.preprocess.max_length] if isinstance(texts, TokenStore) and texts.truncated else []
+    cut += [store.source.preprocess.target_length or 0] if isinstance(store, TargetStore) and store.truncated else []
+    return str(cut) if cut else ""
+
+
+def _fingerprint(split: Split, domains: Array | None = None, prepared: str = "") -> str:
     judged, groups = getattr(split, "judgements", None), getattr(split, "groups", None)
     found = [
         split.labels,
         domains,
         judged,
+        np.frombuffer(prepared.encode(), np.uint8) if prepared else None,
         *([groups.members, groups.starts, groups.scores] if groups is not None else []),
     ]
     return array_digest(split.digests, *(array for array in found if array is not None))

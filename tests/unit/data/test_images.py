@@ -38,6 +38,17 @@ def test_idx_parts_and_exact_values(idx_folder: Path) -> None:
     assert bundle.splits["test"].labels.tolist() == [i % 10 for i in range(20)]
 
 
+def test_another_preprocessing_is_other_data(idx_folder: Path) -> None:
+    """What is kept of a run is found by these digests: a student taught on other inputs is another student."""
+    config = DataConfig(source=str(idx_folder), validation=10, calibration=5)
+    first, again, other = (
+        load_data(config, picture_model((1, 6, 5), mean=(mean,), std=(0.2,)), seed=1).digests
+        for mean in (0.4, 0.4, 0.5)
+    )
+    assert first == again
+    assert all(first[name] != other[name] for name in first)
+
+
 def test_layouts_channels_and_per_channel_constants() -> None:
     table = pixel_table(ImagePreprocess(mean=(0.0, 0.5, 1.0), std=(1.0, 2.0, 4.0)), 3, "float32")
     assert table.shape == (3, 256)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,19 @@ def test_padding_to_the_longest_of_the_batch(tmp_path: Path, text_model: Maker) 
     assert split.lengths.tolist() == [3, 5, 6]
     assert split.labels.tolist() == [0, 1, 1]
     assert any("longer than 6 tokens" in note for note in bundle.notes)
+
+
+def test_a_length_that_cuts_texts_makes_other_data(tmp_path: Path, text_model: Maker) -> None:
+    source = write(tmp_path / "x.csv", ROWS)  # the longest has four words, six tokens
+    config = DataConfig(source=source, validation=4, calibration=2, duplicates="drop")
+    model = text_model()
+
+    def digests(length: int) -> dict[str, str]:
+        shorter = replace(model, preprocess=model.preprocess.model_copy(update={"max_length": length}))
+        return dict(load_data(config, shorter, seed=0).digests)
+
+    assert digests(6) == digests(128), "no text is cut by either"
+    assert all(digests(4)[name] != digest for name, digest in digests(5).items())
 
 
 def test_pairs_and_fixed_length(tmp_path: Path, text_model: Maker) -> None:
