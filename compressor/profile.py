@@ -50,6 +50,11 @@ class Runtime(Frozen):
     graph_level: Literal["disabled", "basic", "extended", "all"] = "all"
     arena: bool = True
     batch: Annotated[int, Field(ge=1)] = 1  # the batch that latency is measured at
+    max_sequence: Annotated[int, Field(ge=1)] | None = None  # longest text, in tokens; a run takes it from the recipe
+
+    def sequence(self, limit: int) -> int:
+        """Length of a file with fixed shapes: ``limit``, or shorter where no text is longer."""
+        return min(limit, self.max_sequence or limit)
 
 
 class QuantizationRules(Frozen):

@@ -105,7 +105,7 @@ class DataConfig(Frozen):
     calibration: Positive = 0.02
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2  # used when there is no test source
     transfer: str | None = None  # unlabelled extra data that only the distillation sees
-    max_length: Annotated[int, Field(ge=8)] = 128  # tokens
+    max_length: Annotated[int, Field(ge=8)] = 128  # tokens; compiled files with fixed shapes are no longer
     target_length: Annotated[int, Field(ge=2)] | None = None  # tokens of a target at most; `max_length` when left out
     limit: Annotated[int, Field(ge=1)] | None = None  # keep the first N train samples (for trials)
     duplicates: Literal["refuse", "drop"] = "refuse"  # train samples that also stand in test

@@ -130,7 +130,8 @@ class TargetBackend(abc.ABC):
 
     def deciding_options(self, compiled: Compiled, profile: HardwareProfile) -> Mapping[str, Any]:
         """The options that answers depend on: where they are equal, profiles share what a file answered."""
-        return dict(profile.options)
+        longest = profile.runtime.max_sequence  # files with fixed shapes pad to it
+        return {**profile.options, **({} if longest is None else {"longest": longest})}
 
     def entrants(self, artifact: Artifact, profile: HardwareProfile) -> tuple[Artifact, ...]:
         """The artifact as it takes part: itself, or in a race once per runtime, with ``runtime`` and its own name."""

@@ -41,6 +41,7 @@ from targets.trial import (
     measure_all,
     predictions,
     reference_of,
+    site_of,
 )
 
 CLASSIFICATION = frozenset({"image-classification", "text-classification"})
@@ -177,19 +178,20 @@ def _score_validation(run: Deployment) -> None:
             raise
         except CompressError as error:
             trial.unscored = str(error)
-            if run.site is not None and not run.site.stand_in:
+            if (site := site_of(run, trial)) is not None and not site.stand_in:
                 trial.failure = str(error)
 
 
-def figure_of(run: Deployment, outputs: Array, evalset: EvalSet, reference: Array | None) -> Figure:
-    """The task's metric of these outputs; ``reference`` holds the teacher's, for metrics that need them."""
-    assert run.site is not None
+def figure_of(run: Deployment, trial: Trial, outputs: Array, evalset: EvalSet, reference: Array | None) -> Figure:
+    """The task's metric of a trial's outputs; ``reference`` holds the teacher's, for metrics that need them."""
+    site = site_of(run, trial)
+    assert site is not None
     try:
         value = score(run.data.task, outputs, evalset.labels, reference, run.data.labels)
     except ValueError as error:
         return Unavailable(str(error))
     detail = {"samples": len(evalset), **further(run.data.task, outputs, evalset.labels, reference)}
-    return Measurement(value, unit_of(run.data.task), run.site.origin, run.site.device, detail)
+    return Measurement(value, unit_of(run.data.task), site.origin, site.device, detail)
 
 
 # ---------------------------------------------------------------- rows
@@ -203,12 +205,12 @@ def _rows(run: Deployment) -> list[Row]:
 def _row(run: Deployment, trial: Trial, reference: Array | None) -> Row:
     validation: Figure = Unavailable(trial.unscored or "not scored")
     if trial.validation is not None:
-        validation = figure_of(run, trial.validation, run.data.validation, reference)
+        validation = figure_of(run, trial, trial.validation, run.data.validation, reference)
         validation = with_shares(validation, exits_taken(run, trial, run.data.validation))
     if trial.failure:
         state = State.UNAVAILABLE if trial.missing else State.FAILED
-    elif run.site is not None and trial.validation is not None:
-        state = run.site.state
+    elif (site := site_of(run, trial)) is not None and trial.validation is not None:
+        state = site.state
     else:
         state = State.COMPILED
     paths = (trial.artifact.path,) if trial.compiled is None else (trial.compiled.path, *trial.compiled.extra_files)
@@ -253,7 +255,8 @@ def _with_test(run: Deployment, rows: Sequence[Row]) -> tuple[Row, ...]:
             except CompressError as error:
                 failed[trial.artifact.name] = str(error)
     scored = (
-        _test_row(run, row, test, found, failed) if needed else row for row, needed in zip(rows, wanted, strict=True)
+        _test_row(run, trial, row, test, found, failed) if needed else row
+        for trial, row, needed in zip(run.trials, rows, wanted, strict=True)
     )
     return tuple(
         replace(
@@ -265,12 +268,14 @@ def _with_test(run: Deployment, rows: Sequence[Row]) -> tuple[Row, ...]:
     )
 
 
-def _test_row(run: Deployment, row: Row, test: EvalSet, found: dict[str, Array], failed: dict[str, str]) -> Row:
+def _test_row(
+    run: Deployment, trial: Trial, row: Row, test: EvalSet, found: dict[str, Array], failed: dict[str, str]
+) -> Row:
     outputs = found.get(row.artifact.name)
     if outputs is None:
         return replace(row, test=Unavailable(failed.get(row.artifact.name) or row.reason or "it did not run"))
     reference = found.get(reference_of(run).artifact.name)
-    figure = figure_of(run, outputs, test, reference)
+    figure = figure_of(run, trial, outputs, test, reference)
     teacher = reference if reference_of(run).artifact.role == "teacher" and row.artifact.role != "teacher" else None
     shares = class_loyalty(run.data.task, teacher, outputs, test.labels) if teacher is not None else None
     loyal = Loyalty(*shares) if shares is not None else None

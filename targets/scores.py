@@ -45,7 +45,7 @@ def scores(
         made = [_outputs(run, trial, test=test) for test in (False, True)]
         if not found:
             references = [outputs if not isinstance(outputs, Unavailable) else None for outputs in made]
-        pair = [_figure(run, made[test], references[test], test=bool(test)) for test in (0, 1)]
+        pair = [_figure(run, trial, made[test], references[test], test=bool(test)) for test in (0, 1)]
         found[file.digest] = (pair[0], pair[1])
     return found
 
@@ -62,8 +62,10 @@ def _outputs(run: Deployment, trial: Trial, *, test: bool) -> Array | Unavailabl
         return Unavailable(str(error), error.hint)
 
 
-def _figure(run: Deployment, outputs: Array | Unavailable, reference: Array | None, *, test: bool) -> Figure:
+def _figure(
+    run: Deployment, trial: Trial, outputs: Array | Unavailable, reference: Array | None, *, test: bool
+) -> Figure:
     evalset = run.data.test if test else run.data.validation
     if isinstance(outputs, Unavailable) or evalset is None:
         return outputs if isinstance(outputs, Unavailable) else Unavailable("there is no test split")
-    return figure_of(run, outputs, evalset, reference)
+    return figure_of(run, trial, outputs, evalset, reference)

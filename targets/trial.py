@@ -14,13 +14,13 @@ import numpy as np
 from compressor.errors import CompressError, DeviceLost, RunError, sdk_errors
 from compressor.evaluate import EvalSet, batch_size, fill_batch, fit_inputs, fixed_batch, predict
 from compressor.profile import HardwareProfile
-from compressor.types import Array, Artifact, Figure, Inputs, Measurement, Task, Unavailable
+from compressor.types import Array, Artifact, Figure, Inputs, Measurement, Origin, Task, Unavailable
 from targets.base import Compiled, SelfTimed, Session, TargetBackend
 from targets.clock import Clock, pinned
 from targets.exits import EXIT, leaves_early, mean_latency, mean_speedup
 from targets.measure import Measured, Settings, Timing, measure
 from targets.memory import peak_memory
-from targets.site import Site
+from targets.site import Site, stand_in
 
 EVALUATION_BATCH = 64
 NOT_MEASURED = Unavailable("not measured")
@@ -78,12 +78,24 @@ class Deployment:
     trials: list[Trial] = field(default_factory=list)
 
 
+def site_of(run: Deployment, trial: Trial) -> Site | None:
+    """Where this candidate is scored. A simulator takes up to seconds a sample; what can never run on the device, the
+    teacher and a file that does not fit into its memory, is scored by ONNX Runtime instead, and its row says so.
+    """
+    site = run.site
+    if site is None or site.stand_in or site.origin is not Origin.SIMULATED or trial.compiled is None:
+        return site
+    if trial.artifact.role == "teacher" or trial.compiled.over:
+        return stand_in(site.no_latency) or site
+    return site
+
+
 def predictions(run: Deployment, trial: Trial, evalset: EvalSet, output: str | None = None) -> Array:
     """The artifact's outputs on a set, from the cache or by running it; ``output``: another one than the first.
 
     Raises :class:`RunError`.
     """
-    site, artifact = run.site, trial.artifact
+    site, artifact = site_of(run, trial), trial.artifact
     if site is None or trial.compiled is None:
         raise RunError("there is no runtime here that could run the file")
     own = run.data.seen_by(artifact)

@@ -18,7 +18,7 @@ from compressor.data.raw import RawData
 from compressor.data.types import DataBundle
 from compressor.distil.panel import Panel
 from compressor.errors import ConfigError, PlanError, Problem, ProblemList
-from compressor.models.types import LoadedModel
+from compressor.models.types import LoadedModel, TextInput
 from compressor.plan import Plan, TargetView, channel_multiple, profile_plan, recipe_problems, steps_of, task_problems
 from compressor.profile import HardwareProfile, expanded, load_profile
 from compressor.profit import sparsity_notes, sparsity_problems
@@ -208,6 +208,7 @@ def open_session(request: Request) -> Session:
         problems += size_problems(recipe, profiles, model.onnx)
     if problems or data is None:
         raise PlanError("the plan", problems)
+    profiles = _with_lengths(profiles, [model, *([original[0]] if original else [])])
     plan = _plan(recipe, profiles, model, data, target_views(profile.target for profile in profiles))
     plan = replace(plan, steps=(plan.steps[0], told, *plan.steps[1:])) if told else plan
     if request.seeds > 1:
@@ -259,6 +260,19 @@ def _load_profiles(recipe: Recipe) -> tuple[HardwareProfile, ...]:
     if problems:
         raise ConfigError("the list of profiles", problems, hint="`compress-for-device profiles list` shows all.")
     return tuple(profiles)
+
+
+def _with_lengths(profiles: Sequence[HardwareProfile], models: Sequence[LoadedModel]) -> tuple[HardwareProfile, ...]:
+    """Profiles whose files with fixed shapes are no longer than the texts. Writers go on beyond the recipe's length."""
+    lengths = [model.preprocess.max_length for model in models if isinstance(model.preprocess, TextInput)]
+    if not lengths or models[0].task in TEXT2TEXT | {"causal-lm"}:
+        return tuple(profiles)
+    return tuple(
+        profile
+        if profile.runtime.max_sequence is not None
+        else profile.model_copy(update={"runtime": profile.runtime.model_copy(update={"max_sequence": max(lengths)})})
+        for profile in profiles
+    )
 
 
 def _objective_names() -> Sequence[str]:

@@ -69,7 +69,9 @@ class LiteRt(TargetBackend):
         if problems := self.check(artifact, profile):
             raise CompileError("; ".join(problems), hint="Mend the profile's [options].")
         started = time.perf_counter()
-        shapes = fixed_shapes(artifact.inputs, profile.runtime.batch, options_of(profile).max_sequence)
+        shapes = fixed_shapes(
+            artifact.inputs, profile.runtime.batch, profile.runtime.sequence(options_of(profile).max_sequence)
+        )
         graph = read_static(artifact.path, shapes)
         with sdk_errors(CompileError, f"write `{artifact.name}` as TFLite"):
             converted = convert(graph, f"`{artifact.name}`")

@@ -90,6 +90,11 @@ def _load(path: Path) -> Any:
 
 
 def _bridges(model: Any) -> list[type]:
+    """Operators that the standard defines and the evaluator lacks."""
+    return [*_dequantize(model), *([_gelu()] if _standard_opset(model) >= 20 else [])]
+
+
+def _dequantize(model: Any) -> list[type]:
     """Opsets 10 to 18 define DequantizeLinear as later ones do for integers, but the evaluator has it from 19 on only.
 
     The newest class is taken, because the evaluator hands it the attributes of the newest schema.
@@ -101,6 +106,26 @@ def _bridges(model: Any) -> list[type]:
     names = [name for name in vars(module) if name.startswith("DequantizeLinear_")]
     newest = getattr(module, max(names, key=lambda name: int(name.rpartition("_")[2])))
     return [type("DequantizeLinear", (newest,), {"op_domain": ""})]
+
+
+def _gelu() -> type:
+    """The function that the standard expands Gelu to depends on an attribute, which the evaluator does not resolve."""
+    import math
+
+    import numpy as np
+    from onnx.reference.op_run import OpRun
+
+    erf = np.vectorize(math.erf, otypes=[np.float64])
+
+    def run(_self: Any, x: Array, approximate: str = "none") -> tuple[Array]:
+        wide = x.astype(np.float64)
+        if approximate == "tanh":
+            inner = np.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3))
+        else:
+            inner = erf(wide / math.sqrt(2))
+        return ((0.5 * wide * (1 + inner)).astype(x.dtype),)
+
+    return type("Gelu", (OpRun,), {"op_domain": "", "_run": run})
 
 
 def _standard_opset(model: Any) -> int:

@@ -60,6 +60,10 @@ class OnnxRuntimeCpu(TargetBackend):
             f"options.{key}: unknown option of {self.name}; known: {', '.join(sorted(OPTIONS))}" for key in unknown
         )
 
+    def deciding_options(self, compiled: Compiled, profile: HardwareProfile) -> Mapping[str, Any]:  # noqa: ARG002
+        """Shapes are free: no length is padded to."""
+        return dict(profile.options)
+
     def compile(self, artifact: Artifact, profile: HardwareProfile, out: Path) -> Compiled:
         """Load the file with graph optimisation; kernel coverage is read from the graph saved in ``out``."""
         import onnx

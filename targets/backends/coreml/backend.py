@@ -59,7 +59,7 @@ class CoreMl(TargetBackend):
         if problems := self.check(artifact, profile):
             raise CompileError("; ".join(problems), hint="Mend the profile's [options].")
         started, options = time.perf_counter(), options_of(profile)
-        shapes = fixed_shapes(artifact.inputs, profile.runtime.batch, options.max_sequence)
+        shapes = fixed_shapes(artifact.inputs, profile.runtime.batch, profile.runtime.sequence(options.max_sequence))
         graph = read_static(artifact.path, shapes)
         folder = out / f"{artifact.name.replace('/', '-')}-coreml"
         folder.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,10 @@ class EthosU(TargetBackend):
         if problems := self.check(artifact, profile):
             raise CompileError("; ".join(problems), hint="Mend the profile's [options].")
         options, started = options_of(profile), time.perf_counter()
-        size: dict[str, int] = {"batch": profile.runtime.batch, "sequence": options.max_sequence}
+        size: dict[str, int] = {
+            "batch": profile.runtime.batch,
+            "sequence": profile.runtime.sequence(options.max_sequence),
+        }
         path, converted = export_int8(artifact, out, **size, absent=frozenset({FLOAT_HARD_SWISH}))
         if not any("int8" in {tensor.type for tensor in operation.inputs} for operation in converted.operations):
             return self._unplaced(artifact, path, converted, time.perf_counter() - started)
@@ -98,7 +101,7 @@ class EthosU(TargetBackend):
 
     def deciding_options(self, compiled: Compiled, profile: HardwareProfile) -> Mapping[str, Any]:
         """Neither the accelerator nor its memories change an answer of the kernels that stand in for it."""
-        sequence = options_of(profile).max_sequence
+        sequence = profile.runtime.sequence(options_of(profile).max_sequence)
         return {"max_sequence": sequence, "exact": source_of(compiled.path) != compiled.path}
 
     @contextmanager

@@ -71,7 +71,7 @@ class ExecuTorch(TargetBackend):
         if problems := self.check(artifact, profile):
             raise CompileError("; ".join(problems), hint="Mend the profile's [options].")
         started, options = time.perf_counter(), options_of(profile)
-        shapes = fixed_shapes(artifact.inputs, profile.runtime.batch, options.max_sequence)
+        shapes = fixed_shapes(artifact.inputs, profile.runtime.batch, profile.runtime.sequence(options.max_sequence))
         graph = read_static(artifact.path, shapes)
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"{artifact.name.replace('/', '-')}.pte"
@@ -95,7 +95,7 @@ class ExecuTorch(TargetBackend):
         if not compiled.path.is_file():
             raise RunError(f"`{compiled.path}` does not exist")
         options, artifact = options_of(profile), compiled.artifact
-        shapes = fixed_shapes(artifact.inputs, profile.runtime.batch, options.max_sequence)
+        shapes = fixed_shapes(artifact.inputs, profile.runtime.batch, profile.runtime.sequence(options.max_sequence))
         request = {
             "action": "open",
             "pte": str(compiled.path.resolve()),

@@ -76,7 +76,7 @@ class OpenVinoNpu(TargetBackend):
             "onnx": str(artifact.path.resolve()),
             "blob": str(path.resolve()),
             "platform": options.platform,
-            "shapes": static_shapes(artifact, profile.runtime.batch, options.max_sequence),
+            "shapes": static_shapes(artifact, profile.runtime.batch, profile.runtime.sequence(options.max_sequence)),
         }
         limits = Limits(options.timeout_s, options.memory_limit_mib)
         reply = call_worker(_COMMAND, request, limits, "the NPU compilation")

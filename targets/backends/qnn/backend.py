@@ -56,7 +56,7 @@ class Qnn(TargetBackend):
         if problems := self.check(artifact, profile):
             raise CompileError("; ".join(problems), hint="Mend the profile's [options].")
         options, started = options_of(profile), time.perf_counter()
-        shapes = fixed_shapes(artifact.inputs, profile.runtime.batch, options.max_sequence)
+        shapes = fixed_shapes(artifact.inputs, profile.runtime.batch, profile.runtime.sequence(options.max_sequence))
         folder = out / f"{artifact.name.replace('/', '-')}-qnn"
         folder.mkdir(parents=True, exist_ok=True)
         context = folder / "model_ctx.onnx"
@@ -80,7 +80,9 @@ class Qnn(TargetBackend):
     def open(self, compiled: Compiled, profile: HardwareProfile) -> Iterator[Session]:
         """The compiled context in the simulator, in a process of the tool chain that stays."""
         options = options_of(profile)
-        shapes = fixed_shapes(compiled.artifact.inputs, profile.runtime.batch, options.max_sequence)
+        shapes = fixed_shapes(
+            compiled.artifact.inputs, profile.runtime.batch, profile.runtime.sequence(options.max_sequence)
+        )
         with open_worker(TOOLCHAIN, _limits(options), _WHAT) as worker, tempfile.TemporaryDirectory() as folder:
             worker.ask({"action": "open", "context": str(compiled.path.resolve())})
 

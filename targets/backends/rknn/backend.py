@@ -63,7 +63,7 @@ class Rknn(TargetBackend):
         if problems := self.check(artifact, profile):
             raise CompileError("; ".join(problems), hint="Mend the profile's [options].")
         options, started = options_of(profile), time.perf_counter()
-        shapes = fixed_shapes(artifact.inputs, profile.runtime.batch, options.max_sequence)
+        shapes = fixed_shapes(artifact.inputs, profile.runtime.batch, profile.runtime.sequence(options.max_sequence))
         folder = out / f"{artifact.name.replace('/', '-')}-rknn"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -96,7 +96,9 @@ class Rknn(TargetBackend):
     def open(self, compiled: Compiled, profile: HardwareProfile) -> Iterator[Session]:
         """The graph of the compiled file in the simulator, in a process of the tool chain that stays."""
         options = options_of(profile)
-        shapes = fixed_shapes(compiled.artifact.inputs, profile.runtime.batch, options.max_sequence)
+        shapes = fixed_shapes(
+            compiled.artifact.inputs, profile.runtime.batch, profile.runtime.sequence(options.max_sequence)
+        )
         folder = compiled.path.parent
         if not compiled.path.is_file() or not (folder / "request.json").is_file():
             raise RunError(f"`{compiled.path}` does not exist or was not compiled here")

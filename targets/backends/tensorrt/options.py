@@ -99,12 +99,13 @@ def dimension_ranges(options: TensorRtOptions, profile: HardwareProfile) -> dict
     """Ranges of all dimensions with a known name. The optimum is what kernels are chosen for.
 
     ``batch``: 1, the profile's measured batch, ``max_batch``. ``sequence``: 1, half of ``max_sequence``,
-    ``max_sequence`` (texts are usually much shorter than the limit). ``options.shapes`` overrides and adds.
+    ``max_sequence`` (texts are usually much shorter than the limit), or the recipe's ``max_length`` where that is less.
+    ``options.shapes`` overrides and adds.
     """
-    best_batch = profile.runtime.batch
+    best_batch, longest = profile.runtime.batch, profile.runtime.sequence(options.max_sequence)
     ranges: dict[str, Range] = {
         "batch": (1, best_batch, max(best_batch, options.max_batch)),
-        "sequence": (1, max(1, options.max_sequence // 2), options.max_sequence),
+        "sequence": (1, max(1, longest // 2), longest),
     }
     for name, given in options.shapes.items():
         ranges[name] = given if isinstance(given, tuple) else (given, given, given)

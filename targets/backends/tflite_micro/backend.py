@@ -69,7 +69,9 @@ class TfliteMicro(TargetBackend):
             raise CompileError("; ".join(problems), hint="Mend the profile.")
         options, started = options_of(profile), time.perf_counter()
         lacking = frozenset(unresolved(REPLACED))
-        path, converted = export_int8(artifact, out, batch=1, sequence=options.max_sequence, absent=lacking)
+        path, converted = export_int8(
+            artifact, out, batch=1, sequence=profile.runtime.sequence(options.max_sequence), absent=lacking
+        )
         count = Counter(operation.operator for operation in converted.operations)
         if absent := unresolved(tuple(count)):
             raise CompileError(f"{_WHAT} has no {', '.join(absent)}", hint="Export the model without it.")

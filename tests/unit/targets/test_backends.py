@@ -36,6 +36,20 @@ def test_both_back_ends_give_the_same_answers(models, name, tmp_path):
     assert np.abs(reference - runtime).max() <= (1e-4 if name in {"fp32", "weights"} else 2 * step)
 
 
+@pytest.mark.parametrize("form", ["none", "tanh"])
+def test_reference_knows_gelu(form, tmp_path):
+    value = helper.make_tensor_value_info
+    node = helper.make_node("Gelu", ["image"], ["logits"], "gelu", approximate=form)
+    graph = helper.make_graph([node], "g", [value("image", 1, ["n", 9])], [value("logits", 1, ["n", 9])])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), tmp_path / "m.onnx")
+    inputs = np.linspace(-6, 6, 36, dtype=np.float32).reshape(4, 9)
+    item = artifact(tmp_path / "m.onnx", "gelu")
+    reference = answers(NumpyReference(), item, inputs, tmp_path / "numpy")
+    np.testing.assert_allclose(
+        reference, answers(OnnxRuntimeCpu(), item, inputs, tmp_path / "ort", "this-machine"), atol=1e-6
+    )
+
+
 def test_reference_names_the_node_it_does_not_know(tmp_path):
     node = helper.make_node("FusedGelu", ["x"], ["y"], "block/gelu", domain="com.example")
     value = helper.make_tensor_value_info

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import onnxruntime
@@ -13,8 +14,9 @@ from compressor.evaluate import ArrayEvalSet
 from compressor.profile import load_profile
 from compressor.types import Measurement, Origin, Unavailable, file_digest
 from targets import registry
+from targets.backends.numpy_reference import NumpyReference
 from targets.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from targets.base import Missing, Ready
+from targets.base import Missing, OverLimit, Ready
 from targets.deploy import Candidates, EvaluationData, deploy
 from targets.measure import Settings
 from targets.outcome import Promise, State
@@ -110,12 +112,40 @@ def test_what_a_compiler_changed_is_told_beside_the_onnx_file(candidates, data, 
     tested = [row for row in other.rows if isinstance(row.test, Measurement)]
     assert tested
     for row in tested:
+        if row.artifact.role == "teacher":
+            continue
         assert row.nearness.argmax == 1.0
         assert row.nearness.samples == len(data.test)
         assert 0 < row.nearness.worst < 1e-2 * row.nearness.reach or row.artifact.precision != "fp32"
-    assert {row.nearness for row in other.rows if row not in tested} == {None}
+    assert {row.nearness for row in other.rows if row not in tested or row.artifact.role == "teacher"} == {None}
     same = run("raspberry-pi-5", candidates, data, tmp_path / "b")
     assert {row.nearness for row in same.rows} == {None}
+
+
+def test_a_simulator_does_not_run_what_can_never_run_on_the_device(candidates, data, tmp_path):
+    """The teacher, and a file that does not fit, are scored by ONNX Runtime, and their rows say so."""
+
+    class Small(NumpyReference):
+        opened: ClassVar[list[str]] = []
+
+        def compile(self, artifact, profile, out):
+            compiled = super().compile(artifact, profile, out)
+            over = (OverLimit("it needs 9 KiB of flash, the board has 1", 8.0),) if artifact.name == "student" else ()
+            return replace(compiled, over=over)
+
+        def open(self, compiled, profile):
+            self.opened.append(compiled.artifact.name)
+            return super().open(compiled, profile)
+
+    rows = by_name(run("numpy-reference", candidates, data, tmp_path, backend=Small()))
+    assert not {"teacher", "student"} & set(Small.opened)
+    assert {"twin", "student/static"} <= set(Small.opened)
+    for name in ("teacher", "student"):
+        assert rows[name].validation.origin is Origin.PROXY
+        assert rows[name].validation.device.startswith("ONNX Runtime on ")
+        assert rows[name].state is State.COMPILED
+    assert rows["student/static"].validation.origin is Origin.SIMULATED
+    assert "flash" in rows["student"].reason
 
 
 def test_a_device_elsewhere_gets_accuracy_by_proxy_and_no_latency(candidates, data, tmp_path):

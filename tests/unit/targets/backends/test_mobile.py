@@ -143,6 +143,22 @@ def test_litert_refuses_more_than_its_sequence(tmp_path):
     assert "max_sequence" in caught.value.hint
 
 
+def test_fixed_shapes_are_no_longer_than_the_recipe_s_texts(tmp_path):
+    target, profile = backend("litert"), make_profile("litert", max_sequence=12)
+    short = profile.model_copy(update={"runtime": profile.runtime.model_copy(update={"max_sequence": 7})})
+    path, inputs = write_attention(tmp_path / "a.onnx"), tokens(2, 7)
+    found = {}
+    for name, chosen in (("long", profile), ("short", short)):
+        compiled = target.compile(text(path), chosen, tmp_path / name)
+        with target.open(compiled, chosen) as session:
+            found[name] = session.run(inputs)["logits"]
+            if name == "short":
+                with pytest.raises(RunError, match="the compiled model takes"):
+                    session.run(tokens(1, 8))
+        assert target.deciding_options(compiled, chosen).get("longest") == (7 if name == "short" else None)
+    np.testing.assert_allclose(found["short"], found["long"], atol=1e-5)
+
+
 def test_dynamic_quantization_becomes_hybrid_products(tmp_path):
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
