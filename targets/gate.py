@@ -222,17 +222,11 @@ def _choose(feasible: list[Row], timed: list[Row]) -> tuple[Row, str]:
 
 
 def _choose_untimed(feasible: list[Row]) -> tuple[Row, str]:
-    estimates = {row.artifact.name: _estimate_ms(row) for row in feasible}
-    if all(value is not None for value in estimates.values()):
-        chosen = min(feasible, key=lambda row: estimates[row.artifact.name] or 0.0)
+    estimates = {row.artifact.name: row.estimate.value for row in feasible if row.estimate is not None}
+    if len(estimates) == len(feasible):
+        chosen = min(feasible, key=lambda row: estimates[row.artifact.name])
         return chosen, "the lowest latency estimate that keeps the accuracy; latency is not measured here"
     return _smallest(feasible), "the smallest file that keeps the accuracy; latency cannot be measured here"
-
-
-def _estimate_ms(row: Row) -> float | None:
-    if row.compiled is None:
-        return None
-    return next((figure.value for figure in row.compiled.estimates if figure.unit == "ms"), None)
 
 
 def _smallest(rows: list[Row]) -> Row:

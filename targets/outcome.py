@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from compressor.types import Artifact, Figure, StageResult
+from compressor.types import Artifact, Figure, Measurement, StageResult
 from targets.base import Compiled, Coverage
 
 
@@ -77,6 +77,12 @@ class Row:
     coverage: Coverage | None = None
     shipped: bool = False
     reason: str = ""  # why it was rejected, why it ships, or why it has no figures
+
+    @property
+    def estimate(self) -> Measurement | None:
+        """Latency in ms by the compiler's model of the device, where it has one; its detail says what was counted."""
+        found = self.compiled.estimates if self.compiled is not None else ()
+        return next((figure for figure in found if figure.unit == "ms"), None)
 
 
 @dataclass(frozen=True)

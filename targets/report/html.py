@@ -19,7 +19,16 @@ from targets.report.compare import size_ratio, twin_verdicts
 from targets.report.facts import fact_groups
 from targets.report.picture import Picture, draw, kind_of
 from targets.report.seeds import SEED_HEADERS, seed_rows, seed_sentences
-from targets.report.table import compile_text, coverage_text, drop_text, explained_floats, latency_text, nearness_text
+from targets.report.table import (
+    compile_text,
+    coverage_text,
+    drop_text,
+    explained_floats,
+    latency_text,
+    lower_bound,
+    nearness_text,
+    shown_latency,
+)
 
 WIDE_PX, NARROW_PX = (920.0, 470.0), (380.0, 440.0)
 
@@ -117,6 +126,9 @@ def _cell(figure: Figure, render: Callable[[float], str], notes: Footnotes, sub:
 
 def _beside(row: Row) -> str:
     """What stands below a latency: its p95, and that it is a mean where it is one."""
+    figure = shown_latency(row)
+    if figure is row.estimate:
+        return "lower bound" if lower_bound(figure) else ""
     p95 = figures.detail_of(row.latency, "p95")
     mean = ["mean"] if latency_text(row).endswith("(mean)") else []
     return ", ".join([*mean, *([f"p95 {figures.milliseconds(p95)}"] if p95 else [])])
@@ -134,7 +146,7 @@ def _row(row: Row, outcome: ProfileOutcome, metric: str, notes: Footnotes) -> di
         "validation": _cell(row.validation, as_score, notes),
         "test": _cell(row.test, as_score, notes),
         "drop": _said(drop_text(row, outcome, metric), notes),
-        "latency": _cell(row.latency, figures.milliseconds, notes, _beside(row)),
+        "latency": _cell(shown_latency(row), figures.milliseconds, notes, _beside(row)),
         "speedup": _cell(row.speedup, figures.times, notes),
         "size": _cell(row.file_bytes, figures.mebibytes, notes, f"{figures.times(ratio)} smaller" if ratio else ""),
         "memory": _cell(row.peak_memory, lambda value: f"{figures.significant(value)} MiB", notes),
@@ -182,7 +194,7 @@ def _card(outcome: ProfileOutcome, metric: str) -> Card | None:
         (f"{metric}, {split}", _cell(accuracy, lambda value: figures.score(value, metric), notes, against)),
         (
             "p50 latency",
-            _cell(row.latency, figures.milliseconds, notes, _beside(row)),
+            _cell(shown_latency(row), figures.milliseconds, notes, _beside(row)),
         ),
         (
             "file size",

@@ -101,7 +101,7 @@ def _cells(row: Row, outcome: ProfileOutcome, metric: str) -> list[str]:
         drop_text(row, outcome, metric),
         latency_text(row),
         p95_text(row),
-        origin_text(row.latency),
+        origin_text(shown_latency(row)),
         figures.say(row.speedup, figures.times),
         figures.say(row.file_bytes, figures.mebibytes),
         figures.say(size_ratio(row, outcome), figures.times),
@@ -123,10 +123,26 @@ def drop_text(row: Row, outcome: ProfileOutcome, metric: str) -> str:
     return f"{figures.points(value, metric)} ({split})"
 
 
+def shown_latency(row: Row) -> Figure:
+    """What was measured, or what the compiler estimates where nothing could be."""
+    return row.latency if isinstance(row.latency, Measurement) else row.estimate or row.latency
+
+
+def lower_bound(figure: Figure) -> bool:
+    """Does an estimate leave something out?"""
+    return isinstance(figure, Measurement) and str(figure.detail.get("counted", "")).startswith("lower bound")
+
+
 def latency_text(row: Row) -> str:
-    """p50, or the mean of a file with early exits, which says so."""
-    mean = isinstance(row.latency, Measurement) and row.latency.detail.get("statistic") == "mean"
-    return figures.say(row.latency, figures.milliseconds) + (" (mean)" if mean else "")
+    """p50, the mean of a file with early exits, or an estimate; the latter two say so."""
+    figure = shown_latency(row)
+    if isinstance(row.latency, Measurement):
+        mean = row.latency.detail.get("statistic") == "mean"
+        return figures.say(figure, figures.milliseconds) + (" (mean)" if mean else "")
+    if isinstance(figure, Measurement):
+        least = ", a lower bound" if lower_bound(figure) else ""
+        return f"{figures.milliseconds(figure.value)} ({figure.origin.value}{least})"
+    return figures.unavailable(figure)
 
 
 def p95_text(row: Row) -> str:
@@ -192,12 +208,13 @@ def headline(outcome: ProfileOutcome, metric: str) -> str:
         accuracy += f" ({split}, {figure.origin.value})"
     else:
         accuracy = f"{metric} {accuracy}"
-    latency = figures.say(row.latency, figures.milliseconds)
+    latency = latency_text(row)
     faster = figures.say(row.speedup, lambda value: f"{figures.times(value)} the teacher's speed")
     smaller = figures.say(size_ratio(row, outcome), lambda value: f"{figures.times(value)} smaller")
     size = figures.say(row.file_bytes, figures.mebibytes)
-    kind = "mean" if latency_text(row).endswith("(mean)") else "p50"
-    speed = f"{kind} {latency} ({faster})" if isinstance(row.latency, Measurement) else f"latency {latency}"
+    kind = "mean" if latency.endswith("(mean)") else "p50"
+    speed = f"{kind} {latency.removesuffix(' (mean)')} ({faster})"
+    speed = speed if isinstance(row.latency, Measurement) else f"latency {latency}"
     return (
         f"{outcome.title}: {row.artifact.name} ships with {accuracy}, {speed}, {size} ({smaller}). {outcome.verdict}"
     ).strip()

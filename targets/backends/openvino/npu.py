@@ -58,7 +58,7 @@ class OpenVinoNpu(TargetBackend):
             return Missing(
                 reason=f"no Intel NPU here, and OpenVINO {version()} lacks its compiler: {', '.join(absent)} not found",
                 hint=f"Copy {' and '.join(absent)} from OpenVINO's toolkit archive of the same release for this system "
-                f"({ARCHIVE}, runtime/lib/intel64) into {libraries}; the Windows wheel has them.",
+                f"({ARCHIVE}, runtime/lib/intel64) into its folder `openvino/libs`; the Windows wheel has them.",
             )
         why = "no Intel NPU in this machine: the blob is compiled, not run"
         return Ready("Intel NPU compiler of OpenVINO", {"openvino": version()}, runs=None, why_not=why)

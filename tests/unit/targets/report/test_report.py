@@ -189,6 +189,25 @@ def test_many_profiles_begin_with_one_line_each(summary: RunSummary) -> None:
     assert f"- {escape(headline(first, 'accuracy'))}" in to_markdown(one)
 
 
+def test_a_compiler_s_estimate_stands_where_nothing_could_be_measured(summary: RunSummary) -> None:
+    first = summary.outcomes[0]
+    row = first.shipped
+    assert row is not None
+    assert row.compiled is not None
+    whole = Measurement(0.29, "ms", Origin.ESTIMATED, "Vela", {"counted": "14 operations"})
+    part = dataclasses.replace(whole, detail={"counted": "lower bound: 7 of 13 operations counted"})
+
+    def shown(figure: Measurement) -> str:
+        compiled = dataclasses.replace(row.compiled, estimates=(figure,))
+        told = dataclasses.replace(row, latency=Unavailable("no board"), compiled=compiled)
+        outcome = dataclasses.replace(first, rows=tuple(told if item is row else item for item in first.rows))
+        assert "estimated" in to_html(dataclasses.replace(summary, outcomes=(outcome,)))
+        return headline(outcome, "accuracy")
+
+    assert "latency 0.290 ms (estimated), " in shown(whole)
+    assert "latency 0.290 ms (estimated, a lower bound), " in shown(part)
+
+
 class Loads(HTMLParser):
     """Collects tags, text and whatever a browser would fetch."""
 
