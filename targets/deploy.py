@@ -85,12 +85,17 @@ def deploy(
     if isinstance(ready, Missing):
         return _missing(profile, candidates, promise, ready)
     site = find_site(profile, backend, ready)
+    whole = data
+    if site is not None and site.origin is Origin.SIMULATED:
+        data = data.for_simulators()
     store: MutableMapping[str, Array] = {} if cache is None else cache
     run = Deployment(profile, backend, data, out, site, store, settings or Settings(), clock, on_event or _silent)
     entrants = (entrant for artifact in candidates.ordered() for entrant in backend.entrants(artifact, profile))
     run.trials.extend(compiled_trial(run, artifact) for artifact in entrants)
     _score_validation(run)
     notes = measure_all(run)
+    if data is not whole:
+        notes.append(f"validation is its first {len(data.validation)} of {len(whole.validation)} samples: a simulator")
     rows = _rows(run)
     decision = decide(rows, promise)
     final = _with_test(run, with_nodes(run, decision.rows))

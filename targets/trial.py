@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from compressor.errors import CompressError, DeviceLost, RunError, sdk_errors
-from compressor.evaluate import EvalSet, batch_size, fill_batch, fit_inputs, fixed_batch, predict
+from compressor.evaluate import EvalSet, FirstSamples, batch_size, fill_batch, fit_inputs, fixed_batch, predict
 from compressor.profile import HardwareProfile
 from compressor.types import Array, Artifact, Figure, Inputs, Measurement, Origin, Task, Unavailable
 from targets.base import Compiled, SelfTimed, Session, TargetBackend
@@ -37,6 +37,14 @@ class EvaluationData:
     labels: tuple[str, ...] = ()
     latency_inputs: Sequence[Inputs] = ()
     teacher: EvaluationData | None = None  # as the teacher's file takes it, where it has tokens of its own
+    simulated: int | None = None  # samples of validation that simulators choose by; None: all
+
+    def for_simulators(self) -> EvaluationData:
+        """With as much of validation as a simulator is to run. Texts that are written are judged whole."""
+        if self.simulated is None or getattr(self.validation, "targets", None) is not None:
+            return self
+        own = None if self.teacher is None else replace(self.teacher, simulated=self.simulated).for_simulators()
+        return replace(self, validation=FirstSamples(self.validation, self.simulated), teacher=own)
 
     def seen_by(self, artifact: Artifact) -> EvaluationData:
         return self.teacher if artifact.role == "teacher" and self.teacher is not None else self

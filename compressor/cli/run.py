@@ -206,6 +206,7 @@ def _evaluation_data(session: Session, data: DataBundle) -> EvaluationData:
         test=SplitEvalSet(data.splits["test"]),
         labels=data.labels,
         latency_inputs=samples,
+        simulated=session.recipe.data.simulated,
     )
 
 
@@ -238,6 +239,7 @@ def _deploy(
             "profile": profile.model_dump(mode="json"),
             "promise": vars(promise),
             "data": {name: session.data.digests[name] for name in ("validation", "test")},
+            "simulated": session.recipe.data.simulated,
             "device": session.request.device_of(profile.name),
             "machine": {name: value for name, value in facts().items() if name not in VOLATILE},
             "code": code_digest("evaluate", "types"),

@@ -75,6 +75,35 @@ class SplitEvalSet:
 
 
 @dataclass(frozen=True)
+class FirstSamples:
+    """The first ``count`` samples of an :class:`EvalSet`."""
+
+    whole: EvalSet
+    count: int
+
+    @property
+    def labels(self) -> Array | None:
+        found = self.whole.labels
+        return None if found is None else found[: self.count]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the model inputs themselves."""
+        return content_digest(self)
+
+    def __len__(self) -> int:
+        return min(self.count, len(self.whole))
+
+    def batches(self, size: int) -> Iterator[tuple[Inputs, Array | None]]:
+        left = len(self)
+        for inputs, labels in self.whole.batches(size):
+            yield {name: array[:left] for name, array in inputs.items()}, None if labels is None else labels[:left]
+            left -= min(size, left)
+            if not left:
+                return
+
+
+@dataclass(frozen=True)
 class ArrayEvalSet:
     """An :class:`EvalSet` over arrays that share their first dimension."""
 
