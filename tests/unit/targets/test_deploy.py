@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 
 from compressor.errors import CompileError
-from compressor.evaluate import ArrayEvalSet
+from compressor.evaluate import ArrayEvalSet, FirstSamples
 from compressor.profile import load_profile
 from compressor.types import Measurement, Origin, Unavailable, file_digest
 from targets import registry
@@ -146,6 +146,23 @@ def test_a_simulator_does_not_run_what_can_never_run_on_the_device(candidates, d
         assert rows[name].state is State.COMPILED
     assert rows["student/static"].validation.origin is Origin.SIMULATED
     assert "flash" in rows["student"].reason
+
+
+def test_a_simulator_chooses_by_a_part_of_validation_and_is_tested_whole(candidates, data, tmp_path):
+    fewer = replace(data, simulated=7)
+    rows = by_name(run("numpy-reference", candidates, fewer, tmp_path / "a"))
+    assert {row.validation.detail["samples"] for row in rows.values()} == {7}, "the teacher is compared on the same"
+    assert rows["student"].test.detail["samples"] == len(data.test)
+    outcome = run("raspberry-pi-5", candidates, fewer, tmp_path / "b")
+    assert by_name(outcome)["student"].validation.detail["samples"] == len(data.validation)
+    first = FirstSamples(data.validation, 7)
+    assert len(first) == 7
+    assert first.digest != FirstSamples(data.validation, 6).digest
+    whole = next(data.validation.batches(len(data.validation)))
+    for size in (3, 7, 64):
+        parts = list(first.batches(size))
+        np.testing.assert_array_equal(np.concatenate([inputs["image"] for inputs, _ in parts]), whole[0]["image"][:7])
+        np.testing.assert_array_equal(np.concatenate([labels for _, labels in parts]), first.labels)
 
 
 def test_a_device_elsewhere_gets_accuracy_by_proxy_and_no_latency(candidates, data, tmp_path):
