@@ -12,7 +12,6 @@ from compressor.cli.toolchain import toolchain_app
 
 app = typer.Typer(
     name="compress-for-device",
-    help="Make a trained network small, fast and still accurate on the device it must run on.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -24,6 +23,24 @@ app.add_typer(profiles_app, name="profiles")
 app.add_typer(methods_app, name="methods")
 app.add_typer(delta_app, name="delta")
 app.add_typer(toolchain_app, name="toolchain")
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"compress-for-device {version('compress-for-device')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say the version and stop.")
+    ] = False,
+) -> None:
+    """Make a trained network small, fast and still accurate on the device it must run on."""
+
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the store, the runs and the packages.")]

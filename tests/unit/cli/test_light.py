@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 HEAVY = ("torch", "transformers", "nncf", "datasets", "onnxruntime", "onnx")
 
@@ -34,3 +35,10 @@ def test_help_costs_little_more_than_its_argument_parser() -> None:
         return min(float(run.stdout) for run in runs)
 
     assert seconds("import compressor.cli.app") < 2 * seconds("import typer")
+
+
+def test_the_version_is_told() -> None:
+    told = subprocess.run(
+        [sys.executable, "-m", "compressor.cli", "--version"], capture_output=True, text=True, check=True
+    )
+    assert told.stdout.strip() == f"compress-for-device {version('compress-for-device')}"
