@@ -42,6 +42,7 @@ from targets.trial import (
     predictions,
     reference_of,
     site_of,
+    without_simulator,
 )
 
 CLASSIFICATION = frozenset({"image-classification", "text-classification"})
@@ -248,19 +249,20 @@ def _with_test(run: Deployment, rows: Sequence[Row]) -> tuple[Row, ...]:
     taken: dict[str, Array | None] = {}
     near: dict[str, Nearness | None] = {}
     failed: dict[str, str] = {}
-    for trial, needed in zip(run.trials, wanted, strict=True):
+    for trial, row, needed in zip(run.trials, rows, wanted, strict=True):
         if needed and trial.validation is not None:
+            where = run if row.shipped else without_simulator(run)
             run.event("deploy", {"text": f"{run.profile.name}: scoring {trial.artifact.name} on test"})
             try:
-                outputs = found[trial.artifact.name] = predictions(run, trial, test)
-                taken[trial.artifact.name] = exits_taken(run, trial, test)
-                near[trial.artifact.name] = nearness(run, trial, test, outputs, classes=_has_classes(run, outputs))
+                outputs = found[trial.artifact.name] = predictions(where, trial, test)
+                taken[trial.artifact.name] = exits_taken(where, trial, test)
+                near[trial.artifact.name] = nearness(where, trial, test, outputs, classes=_has_classes(run, outputs))
             except DeviceLost:
                 raise
             except CompressError as error:
                 failed[trial.artifact.name] = str(error)
     scored = (
-        _test_row(run, trial, row, test, found, failed) if needed else row
+        _test_row(run if row.shipped else without_simulator(run), trial, row, test, found, failed) if needed else row
         for trial, row, needed in zip(run.trials, rows, wanted, strict=True)
     )
     return tuple(

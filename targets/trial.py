@@ -98,6 +98,13 @@ def site_of(run: Deployment, trial: Trial) -> Site | None:
     return site
 
 
+def without_simulator(run: Deployment) -> Deployment:
+    """For the test figures of what does not ship: on a simulator ONNX Runtime's."""
+    if run.site is None or run.site.stand_in or run.site.origin is not Origin.SIMULATED:
+        return run
+    return replace(run, site=stand_in(run.site.no_latency) or run.site)
+
+
 def predictions(run: Deployment, trial: Trial, evalset: EvalSet, output: str | None = None) -> Array:
     """The artifact's outputs on a set, from the cache or by running it; ``output``: another one than the first.
 
