@@ -95,8 +95,11 @@ def deploy(
     run.trials.extend(compiled_trial(run, artifact) for artifact in entrants)
     _score_validation(run)
     notes = measure_all(run)
-    if data is not whole:
-        notes.append(f"validation is its first {len(data.validation)} of {len(whole.validation)} samples: a simulator")
+    notes += [
+        f"a simulator: {name} is its first {len(part)} of {len(every)} samples"
+        for name, part, every in (("validation", data.validation, whole.validation), ("test", data.test, whole.test))
+        if part is not None and every is not None and len(part) < len(every)
+    ]
     rows = _rows(run)
     decision = decide(rows, promise)
     final = _with_test(run, with_nodes(run, decision.rows))

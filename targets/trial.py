@@ -38,13 +38,22 @@ class EvaluationData:
     latency_inputs: Sequence[Inputs] = ()
     teacher: EvaluationData | None = None  # as the teacher's file takes it, where it has tokens of its own
     simulated: int | None = None  # samples of validation that simulators choose by; None: all
+    simulated_test: int | None = None  # samples of test that simulators are tested on; None: all
 
     def for_simulators(self) -> EvaluationData:
-        """With as much of validation as a simulator is to run. Texts that are written are judged whole."""
-        if self.simulated is None or getattr(self.validation, "targets", None) is not None:
+        """With as much of the data as a simulator is to run. Texts that are written are judged whole."""
+        if getattr(self.validation, "targets", None) is not None:
             return self
-        own = None if self.teacher is None else replace(self.teacher, simulated=self.simulated).for_simulators()
-        return replace(self, validation=FirstSamples(self.validation, self.simulated), teacher=own)
+        validation, test = self.validation, self.test
+        if self.simulated is not None and self.simulated < len(validation):
+            validation = FirstSamples(validation, self.simulated)
+        if self.simulated_test is not None and test is not None and self.simulated_test < len(test):
+            test = FirstSamples(test, self.simulated_test)
+        if validation is self.validation and test is self.test:
+            return self
+        limits = {"simulated": self.simulated, "simulated_test": self.simulated_test}
+        own = None if self.teacher is None else replace(self.teacher, **limits).for_simulators()
+        return replace(self, validation=validation, test=test, teacher=own)
 
     def seen_by(self, artifact: Artifact) -> EvaluationData:
         return self.teacher if artifact.role == "teacher" and self.teacher is not None else self

@@ -207,6 +207,7 @@ def _evaluation_data(session: Session, data: DataBundle) -> EvaluationData:
         labels=data.labels,
         latency_inputs=samples,
         simulated=session.recipe.data.simulated,
+        simulated_test=session.recipe.data.simulated_test,
     )
 
 
@@ -239,7 +240,7 @@ def _deploy(
             "profile": profile.model_dump(mode="json"),
             "promise": vars(promise),
             "data": {name: session.data.digests[name] for name in ("validation", "test")},
-            "simulated": session.recipe.data.simulated,
+            "simulated": [session.recipe.data.simulated, session.recipe.data.simulated_test],
             "device": session.request.device_of(profile.name),
             "machine": {name: value for name, value in facts().items() if name not in VOLATILE},
             "code": code_digest("evaluate", "types"),

@@ -148,12 +148,16 @@ def test_a_simulator_does_not_run_what_can_never_run_on_the_device(candidates, d
     assert "flash" in rows["student"].reason
 
 
-def test_a_simulator_chooses_by_a_part_of_validation_and_is_tested_whole(candidates, data, tmp_path):
+def test_a_simulator_runs_as_much_as_the_recipe_says(candidates, data, tmp_path):
     fewer = replace(data, simulated=7)
     rows = by_name(run("numpy-reference", candidates, fewer, tmp_path / "a"))
     assert {row.validation.detail["samples"] for row in rows.values()} == {7}, "the teacher is compared on the same"
     assert rows["student"].test.detail["samples"] == len(data.test)
-    outcome = run("raspberry-pi-5", candidates, fewer, tmp_path / "b")
+    tested = run("numpy-reference", candidates, replace(fewer, simulated_test=9), tmp_path / "c")
+    assert {row.test.detail["samples"] for row in tested.rows if isinstance(row.test, Measurement)} == {9}
+    assert f"a simulator: test is its first 9 of {len(data.test)} samples" in tested.notes
+    outcome = run("raspberry-pi-5", candidates, replace(fewer, simulated_test=9), tmp_path / "b")
+    assert by_name(outcome)["student"].test.detail["samples"] == len(data.test)
     assert by_name(outcome)["student"].validation.detail["samples"] == len(data.validation)
     first = FirstSamples(data.validation, 7)
     assert len(first) == 7
