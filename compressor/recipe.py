@@ -109,9 +109,8 @@ class DataConfig(Frozen):
     fixed_length: Annotated[int, Field(ge=8)] | None = None  # length of those, where less than `max_length` will do
     target_length: Annotated[int, Field(ge=2)] | None = None  # tokens of a target at most; `max_length` when left out
     limit: Annotated[int, Field(ge=1)] | None = None  # keep the first N train samples (for trials)
-    simulated: Annotated[int, Field(ge=1)] | None = (
-        None  # simulators choose by the first N of validation; test is whole
-    )
+    simulated: Annotated[int, Field(ge=1)] | None = None  # simulators choose by the first N samples of validation
+    simulated_test: Annotated[int, Field(ge=1)] | None = None  # and are tested on the first N of test; all if left out
     duplicates: Literal["refuse", "drop"] = "refuse"  # train samples that also stand in test
     near_duplicates: Literal["report", "drop", "refuse", "off"] = "report"  # train samples almost equal to a test one
     fresh: str | None = None  # a second labelled test source, collected anew or paraphrased: the canary
