@@ -51,8 +51,10 @@ class EvaluationData:
             test = FirstSamples(test, self.simulated_test)
         if validation is self.validation and test is self.test:
             return self
-        limits = {"simulated": self.simulated, "simulated_test": self.simulated_test}
-        own = None if self.teacher is None else replace(self.teacher, **limits).for_simulators()
+        own = self.teacher
+        if own is not None:
+            limited = replace(own, simulated=self.simulated, simulated_test=self.simulated_test)
+            own = limited.for_simulators()
         return replace(self, validation=validation, test=test, teacher=own)
 
     def seen_by(self, artifact: Artifact) -> EvaluationData:
