@@ -125,10 +125,24 @@ def read_run(folder: Path, factory: str | None) -> Left:
     assert session.model.module is not None
     student = load_student((folder / trained["folder"]).resolve(), session.model.module)
     splits = session.data.splits
-    arrays = {name: splits[name].batch(np.arange(len(splits[name]))) for name in ("calibration", "test")}
+    arrays = same_length({name: splits[name].batch(np.arange(len(splits[name]))) for name in ("calibration", "test")})
     labels = splits["test"].labels
     assert labels is not None
     return Left(report, folder, student, arrays, labels)
+
+
+def same_length(arrays: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Array]]:
+    """Texts of all splits padded to the longest (zeros: the mask's too), for files with fixed shapes."""
+    longest: dict[str, int] = {}
+    for inputs in arrays.values():
+        for name, array in inputs.items():
+            longest[name] = max(longest.get(name, 0), array.shape[1])
+
+    def padded(name: str, array: Array) -> Array:
+        missing = longest[name] - array.shape[1]
+        return np.pad(array, [(0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2)]) if missing else array
+
+    return {split: {name: padded(name, array) for name, array in inputs.items()} for split, inputs in arrays.items()}
 
 
 def winner(left: Left, folder: Path) -> Entry:
