@@ -13,7 +13,7 @@ from typing import Any, Literal
 from compressor import delta_file
 from compressor.errors import CompileError, ConfigError, RunError, sdk_errors
 from compressor.profile import Platform
-from compressor.types import EMBEDDING, MULTI_LABEL, TEXT2TEXT, Array, write_atomic
+from compressor.types import EMBEDDING, MULTI_LABEL, TEXT2TEXT, Array, Artifact, stand_in_path, write_atomic
 from targets.outcome import ProfileOutcome, Row, RunSummary
 from targets.package import infer
 from targets.package.archive import files_of, write_sums, write_zip
@@ -114,7 +114,7 @@ def _fill(
         write_atomic(_inside(folder, name), content)
     tolerance, why = tolerance_of(row.artifact)
     if info.samples:
-        outputs = _answers(folder / model.portable, info, runtime)
+        outputs = _answers_of(row.artifact, folder / model.portable, info, runtime)
         write_atomic(folder / "samples.npz", pack_samples(info.samples, info.raw, outputs))
     write_atomic(folder / "infer.py", Path(infer.__file__).read_bytes())
     write_atomic(folder / "delta.py", Path(delta_file.__file__).read_bytes())
@@ -249,6 +249,17 @@ def _external_files(path: Path) -> tuple[Path, ...]:
         if not file.resolve().is_relative_to(folder):
             raise CompileError(f"`{path.name}` keeps weights outside its folder: {file}", hint="Save it in one folder.")
     return tuple(path.parent / file.relative_to(folder) for file in sorted(found))
+
+
+def _answers_of(artifact: Artifact, model: Path, info: PackageInfo, runtime: Runtime) -> list[dict[str, Array]]:
+    """Answers of the portable file; of its emulation where ONNX Runtime's CPU provider lacks the format (bfloat16)."""
+    emulation = stand_in_path(artifact.path)
+    try:
+        return _answers(model, info, runtime)
+    except RunError:
+        if not emulation.is_file():
+            raise
+        return _answers(emulation, info, runtime)
 
 
 def _answers(model: Path, info: PackageInfo, runtime: Runtime) -> list[dict[str, Array]]:
