@@ -9,6 +9,7 @@ from pathlib import Path
 from compressor.cli.output import stdout_json
 from compressor.cli.run import exit_code, require_run, write_packages
 from compressor.cli.summary import show
+from compressor.errors import ConfigError
 
 
 def report_command(run: Path, *, as_json: bool) -> int:
@@ -39,6 +40,11 @@ def package_command(run: Path, profiles: Sequence[str], platforms: Sequence[str]
 
     path = require_run(run)
     summary = from_json(path.read_text(encoding="utf-8"), path.parent)
+    known = [outcome.profile for outcome in summary.outcomes]
+    profiles = () if "all" in profiles else profiles
+    if unknown := [name for name in profiles if name not in known]:
+        what = f"`{unknown[0]}` is not in this run, which has {', '.join(known)}"
+        raise ConfigError.single("the command line", "--profile", what)
     made = write_packages(summary, path.parent, load_info(path.parent), profiles, platforms)
     if as_json:
         stdout_json({"packages": made})
