@@ -177,7 +177,7 @@ def compiled_trial(run: Deployment, artifact: Artifact) -> Trial:
 
 def _score_validation(run: Deployment) -> None:
     for trial in run.trials:
-        if trial.compiled is None:
+        if trial.compiled is None and trial.artifact.role != "teacher":
             trial.unscored = trial.failure
             continue
         run.event("deploy", {"text": f"{run.profile.name}: scoring {trial.artifact.name} on validation"})
@@ -186,7 +186,7 @@ def _score_validation(run: Deployment) -> None:
         except DeviceLost:
             raise
         except CompressError as error:
-            trial.unscored = str(error)
+            trial.unscored = trial.failure or str(error)
             if (site := site_of(run, trial)) is not None and not site.stand_in:
                 trial.failure = str(error)
 

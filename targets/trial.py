@@ -20,7 +20,7 @@ from targets.clock import Clock, pinned
 from targets.exits import EXIT, leaves_early, mean_latency, mean_speedup
 from targets.measure import Measured, Settings, Timing, measure
 from targets.memory import peak_memory
-from targets.site import Site, stand_in
+from targets.site import Site, portable, stand_in
 
 EVALUATION_BATCH = 64
 NOT_MEASURED = Unavailable("not measured")
@@ -99,12 +99,16 @@ class Deployment:
 
 def site_of(run: Deployment, trial: Trial) -> Site | None:
     """Where this candidate is scored. A simulator takes up to seconds a sample; what can never run on the device, the
-    teacher and a file that does not fit into its memory, is scored by ONNX Runtime instead, and its row says so.
+    teacher and a file that does not fit into its memory, is scored by ONNX Runtime instead, and its row says so. So is
+    a teacher that the target refuses: what ships is judged by it.
     """
-    site = run.site
-    if site is None or site.stand_in or site.origin is not Origin.SIMULATED or trial.compiled is None:
+    site, compiled = run.site, trial.compiled
+    if site is None or site.stand_in:
         return site
-    if trial.artifact.role == "teacher" or trial.compiled.over:
+    simulated = site.origin is Origin.SIMULATED
+    if trial.artifact.role == "teacher" and (simulated or compiled is None):
+        return stand_in(site.no_latency or "the target does not take the teacher") or site
+    if simulated and compiled is not None and compiled.over:
         return stand_in(site.no_latency) or site
     return site
 
@@ -122,19 +126,20 @@ def predictions(run: Deployment, trial: Trial, evalset: EvalSet, output: str | N
     Raises :class:`RunError`.
     """
     site, artifact = site_of(run, trial), trial.artifact
-    if site is None or trial.compiled is None:
+    compiled = trial.compiled or (portable(artifact) if site is not None and site.stand_in else None)
+    if site is None or compiled is None:
         raise RunError("there is no runtime here that could run the file")
     own = run.data.seen_by(artifact)
     if own is not run.data:
         evalset = own.test if evalset is run.data.test and own.test is not None else own.validation
     inputs_digest = getattr(evalset, "digest", None)
     level = site.profile.runtime.graph_level
-    options = run.backend.deciding_options(trial.compiled, run.profile) if not site.stand_in else {}
+    options = run.backend.deciding_options(compiled, run.profile) if not site.stand_in else {}
     parts = [artifact.digest, artifact.runtime, site.key, level, options, inputs_digest, run.data.task]
     key = json.dumps(parts if output is None else [*parts, output])
     if inputs_digest is not None and key in run.cache:
         return run.cache[key]
-    with sdk_errors(RunError, f"run `{artifact.name}`"), site.open(trial.compiled) as session:
+    with sdk_errors(RunError, f"run `{artifact.name}`"), site.open(compiled) as session:
         batch = batch_size(run.data.task, artifact.outputs[0].shape[-1], EVALUATION_BATCH)
         found = predict(session.run, evalset, batch, output, specs=artifact.inputs, task=run.data.task)
     if not np.isfinite(found).all():
@@ -160,7 +165,7 @@ def reference_of(run: Deployment) -> Trial:
 def measure_all(run: Deployment) -> list[str]:
     """Memory and interleaved latency of everything that ran; returns notes for the report."""
     site = run.site
-    running = [trial for trial in run.trials if trial.validation is not None]
+    running = [trial for trial in run.trials if trial.validation is not None and trial.compiled is not None]
     if site is None or site.no_latency or not run.data.latency_inputs:
         gone = Unavailable(site.no_latency if site and site.no_latency else "nothing to measure with")
         for trial in run.trials:

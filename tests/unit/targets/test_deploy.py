@@ -148,6 +148,27 @@ def test_a_simulator_does_not_run_what_can_never_run_on_the_device(candidates, d
     assert "flash" in rows["student"].reason
 
 
+def test_a_teacher_that_the_target_refuses_is_still_what_students_are_judged_by(candidates, data, tmp_path):
+    class Picky(OnnxRuntimeCpu):
+        def compile(self, artifact, profile, out):
+            if artifact.role == "teacher":
+                raise CompileError("it has an operator that nobody knows")
+            return super().compile(artifact, profile, out)
+
+    for profile in ("raspberry-pi-5", "this-machine"):
+        outcome = run(profile, candidates, data, tmp_path / profile, backend=Picky())
+        teacher, shipped = by_name(outcome)["teacher"], outcome.shipped
+        assert teacher.state is State.FAILED
+        assert teacher.reason == "it has an operator that nobody knows"
+        assert teacher.validation.origin is Origin.PROXY
+        assert teacher.test.origin is Origin.PROXY
+        assert isinstance(teacher.latency, Unavailable)
+        assert shipped is not None
+        assert outcome.kept, outcome.verdict
+        assert shipped.loyalty is not None, "the teacher's answers are there"
+    assert by_name(outcome)["student"].latency.origin is Origin.MEASURED
+
+
 def test_a_simulator_runs_as_much_as_the_recipe_says(candidates, data, tmp_path):
     fewer = replace(data, simulated=7)
     rows = by_name(run("numpy-reference", candidates, fewer, tmp_path / "a"))
