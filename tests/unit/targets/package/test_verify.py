@@ -12,14 +12,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from compressor.cli.app import app
-from compressor.errors import ConfigError, PackageError, TargetUnavailable
+from compressor.errors import ConfigError, PackageError, RunError, TargetUnavailable
+from compressor.types import stand_in_path
 from targets.package import infer, write_package
 from targets.package.archive import write_sums
 from targets.package.builds import build_cpp, find_sdk
 from targets.package.platforms import APPS, MAVEN, SWIFT, SWIFT_VERSION, choose
 from targets.package.verify import Verdict, opened, verify
+from tests.unit.targets.package.conftest import save
 
 Build = Callable[..., Path]
 
@@ -256,3 +259,34 @@ def python(folder: Path, given: str) -> dict[str, str]:
     names = [output.name for output in session.get_outputs()]
     found = infer.answer(dict(zip(names, session.run(None, inputs), strict=True)), package.manifest, 5)
     return {label: f"{100 * share:.1f}" for label, share in found["scores"].items()}
+
+
+def test_a_format_that_this_runtime_lacks_is_not_tried_here_and_has_the_emulation_s_answers(
+    pictures, pack: Build
+) -> None:
+    """bfloat16, which ONNX Runtime's CPU provider does not add; a device may."""
+    outcome, summary, info = pictures
+    row = outcome.rows[0]
+
+    def model(path: Path, kind: int) -> Path:
+        nodes = [
+            helper.make_node("Cast", ["image"], ["narrow"], to=kind),
+            helper.make_node("Add", ["narrow", "narrow"], ["twice"]),
+            helper.make_node("Cast", ["twice"], ["wide"], to=TensorProto.FLOAT),
+            helper.make_node("GlobalAveragePool", ["wide"], ["pooled"]),
+            helper.make_node("Flatten", ["pooled"], ["logits"]),
+        ]
+        image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, 12, 10])
+        logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])
+        return save(helper.make_graph(nodes, "sum", [image], [logits]), path)
+
+    path = model(row.artifact.path.with_name("narrow.onnx"), TensorProto.BFLOAT16)
+    narrow = dataclasses.replace(row, artifact=dataclasses.replace(row.artifact, path=path))
+    made = dataclasses.replace(outcome, rows=(narrow,))
+    with pytest.raises(RunError, match="NOT_IMPLEMENTED"):
+        pack((made, summary, info))
+    model(stand_in_path(path), TensorProto.FLOAT)
+    checks = {check.name: check for check in verify(pack((made, summary, info)).with_suffix(""))[1]}
+    check = checks["answers of `model.onnx`"]
+    assert check.verdict is Verdict.NOT_HERE
+    assert "NOT_IMPLEMENTED" in check.text
