@@ -104,7 +104,8 @@ def coverage_of_run(ran: Iterable[tuple[str, str]], file: Any) -> Coverage:
     """
     given = kernel_coverage(file)
     reasons = {fact.name: fact.reason for fact in given.left_float}
-    heavy = [(name, kind) for name, kind in ran if kind in QUANTIZED | FLOAT | set(SLOW_INTEGER)]
+    weighted = QUANTIZED | FLOAT | set(SLOW_INTEGER)
+    heavy = [(name, kind) for name, kind in ran if kind in weighted]
     whole_file = {fact.reason for fact in given.left_float} == {UNQUANTIZED}
     other = UNQUANTIZED if whole_file else "the runtime made a float kernel of it"
     left = tuple(

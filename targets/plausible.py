@@ -16,7 +16,7 @@ def random_inputs(specs: Sequence[TensorSpec], profile: HardwareProfile, seed: i
     """Plausible inputs: normal floats, token ids 0 and 1 (every vocabulary has them), masks of ones. Batch from the
     profile, other dynamic dimensions from its option ``max_sequence`` or 64."""
     generator = np.random.default_rng(seed)
-    length = int(profile.options.get("max_sequence", DEFAULT_SEQUENCE))
+    length = profile.runtime.sequence(int(profile.options.get("max_sequence", DEFAULT_SEQUENCE)))
     made: dict[str, Array] = {}
     for spec in specs:
         shape = [

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from compressor.recipe import parse_drop
 from compressor.types import Array
 from targets import toolchain
 
@@ -320,8 +321,7 @@ def _limit(left: Left) -> float:
     row = next(
         row for item in left.report["outcomes"] for row in item["rows"] if row["artifact"].startswith("teacher/fp32")
     )
-    drop = str(left.report["recipe"]["accept"]["max_drop"])
-    return float(row["test"]["value"]) - (float(drop.rstrip("%")) / 100 if drop.endswith("%") else float(drop))
+    return float(row["test"]["value"]) - parse_drop(left.report["recipe"]["accept"]["max_drop"])
 
 
 def main() -> None:

@@ -294,7 +294,7 @@ def _kernels(kernel: Array, picture: Mapping[str, Array]) -> list[tuple[str, onn
 
 def subjects(work: Path, trials: int) -> list[Subject]:
     """The students of ``tools.bench quantize``; what is missing is made by its commands."""
-    from tools.bench import command
+    from tools.evidence import command
     from tools.quantize_section import picture_student, text_student
 
     folder, found = work / "quantize", []

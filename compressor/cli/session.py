@@ -10,6 +10,7 @@ from typing import Any
 
 from compressor.budgets import search_problems
 from compressor.cli.devices import check_devices
+from compressor.cli.lengths import length_problems, with_lengths
 from compressor.cli.seeds import seed_problems
 from compressor.cli.teachers import bank_lines, offered, open_panel, reading_problems
 from compressor.cli.warnings import plan_warnings
@@ -18,7 +19,7 @@ from compressor.data.raw import RawData
 from compressor.data.types import DataBundle
 from compressor.distil.panel import Panel
 from compressor.errors import ConfigError, PlanError, Problem, ProblemList
-from compressor.models.types import LoadedModel, TextInput
+from compressor.models.types import LoadedModel
 from compressor.plan import Plan, TargetView, channel_multiple, profile_plan, recipe_problems, steps_of, task_problems
 from compressor.profile import HardwareProfile, expanded, load_profile
 from compressor.profit import sparsity_notes, sparsity_problems
@@ -191,7 +192,7 @@ def open_session(request: Request) -> Session:
     except ProblemList as error:
         problems += error.problems
     if data is not None:
-        problems += seed_problems(request.seeds, recipe, model, data) + _length_problems(recipe, data)
+        problems += seed_problems(request.seeds, recipe, model, data) + length_problems(recipe, data)
     original, told = None, ""
     if data is not None and not problems:
         model, data, original, told = _smaller_vocabulary(recipe, model, data, raw)
@@ -208,7 +209,7 @@ def open_session(request: Request) -> Session:
         problems += size_problems(recipe, profiles, model.onnx)
     if problems or data is None:
         raise PlanError("the plan", problems)
-    profiles = _with_lengths(profiles, [model, *([original[0]] if original else [])], recipe.data.fixed_length)
+    profiles = with_lengths(profiles, [model, *([original[0]] if original else [])], recipe.data.fixed_length)
     plan = _plan(recipe, profiles, model, data, target_views(profile.target for profile in profiles))
     plan = replace(plan, steps=(plan.steps[0], told, *plan.steps[1:])) if told else plan
     if request.seeds > 1:
@@ -260,38 +261,6 @@ def _load_profiles(recipe: Recipe) -> tuple[HardwareProfile, ...]:
     if problems:
         raise ConfigError("the list of profiles", problems, hint="`compress-for-device profiles list` shows all.")
     return tuple(profiles)
-
-
-def _length_problems(recipe: Recipe, data: DataBundle) -> list[Problem]:
-    """Samples that would not fit into files of ``data.fixed_length``."""
-    limit, found = recipe.data.fixed_length, []
-    for name in ("validation", "test") if limit is not None else ():
-        lengths = getattr(data.splits[name], "lengths", None)
-        if lengths is not None and limit is not None and int(lengths.max(initial=0)) > limit:
-            what = (
-                f"{int((lengths > limit).sum())} samples of {name} have more tokens, the longest {int(lengths.max())}"
-            )
-            found.append(Problem("data.fixed_length", what))
-    return found
-
-
-def _with_lengths(
-    profiles: Sequence[HardwareProfile], models: Sequence[LoadedModel], fixed: int | None = None
-) -> tuple[HardwareProfile, ...]:
-    """Profiles whose files with fixed shapes are no longer than the texts. Writers go on beyond the recipe's length."""
-    lengths = (
-        [fixed]
-        if fixed is not None
-        else [model.preprocess.max_length for model in models if isinstance(model.preprocess, TextInput)]
-    )
-    if not lengths or not isinstance(models[0].preprocess, TextInput) or models[0].task in TEXT2TEXT | {"causal-lm"}:
-        return tuple(profiles)
-    return tuple(
-        profile
-        if profile.runtime.max_sequence is not None
-        else profile.model_copy(update={"runtime": profile.runtime.model_copy(update={"max_sequence": max(lengths)})})
-        for profile in profiles
-    )
 
 
 def _objective_names() -> Sequence[str]:

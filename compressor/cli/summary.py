@@ -10,39 +10,23 @@ from compressor.types import Figure, Measurement, Unavailable
 
 if TYPE_CHECKING:
     from targets.outcome import Row, RunSummary
+    from targets.report.footnotes import Footnotes
 
 HEADERS = ("", "model", "accuracy", "p50 / p95", "speed-up", "size", "int8 kernels", "state")
-
-
-class Footnotes:
-    """Numbers reasons once, so that a cell stays narrow and no figure is ever blank."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[str, int] = {}
-
-    def say(self, figure: Figure, text: Callable[[Measurement], str]) -> str:
-        if isinstance(figure, Unavailable):
-            return f"unavailable [{self.number(figure.reason)}]"
-        return text(figure)
-
-    def number(self, reason: str) -> int:
-        return self.numbers.setdefault(reason, len(self.numbers) + 1)
-
-    def lines(self) -> list[str]:
-        return [f"  [{number}] {reason}" for reason, number in self.numbers.items()]
 
 
 def show(summary: RunSummary, paths: Mapping[str, Any]) -> None:
     """The tables, verdicts and paths a person wants to see at the end."""
     from targets.exits import sentence
+    from targets.report.footnotes import Footnotes
 
     for outcome in summary.outcomes:
         notes = Footnotes()
         rows = [_cells(row, summary.metric, notes) for row in outcome.rows]
         print()
         table(list(HEADERS), rows, f"{outcome.profile}: {outcome.target} on {outcome.device}")
-        for line in notes.lines():
-            print(line)
+        for number, reason in enumerate(notes.reasons, 1):
+            print(f"  [{number}] {reason}")
         print(f"  {'kept' if outcome.kept else 'MISSED'}: {outcome.verdict}")
         for told in filter(None, map(sentence, outcome.rows)):
             print(f"  exits: {told}")
@@ -68,15 +52,17 @@ def _show_seeds(summary: RunSummary) -> None:
 
 
 def _cells(row: Row, metric: str, notes: Footnotes) -> list[str]:
+    from targets.report.table import shown_latency
+
     coverage = row.coverage
     state = row.state.value + (f" [{notes.number(row.reason)}]" if row.reason and not row.shipped else "")
     return [
         "->" if row.shipped else "",
         row.artifact.name,
         _accuracy(row, metric, notes),
-        notes.say(row.latency, _latency),
-        notes.say(row.speedup, lambda figure: f"{figure.value:.2f}x"),
-        notes.say(row.file_bytes, lambda figure: _size(figure.value)),
+        _say(shown_latency(row), _latency, notes),
+        _say(row.speedup, lambda figure: f"{figure.value:.2f}x", notes),
+        _say(row.file_bytes, lambda figure: _size(figure.value), notes),
         f"{coverage.quantized} of {coverage.total}" if coverage is not None and coverage.total else "none",
         state,
     ]
@@ -94,14 +80,21 @@ def _accuracy(row: Row, metric: str, notes: Footnotes) -> str:
 
     if isinstance(row.test, Measurement):
         return say(row.test, "test")
-    return notes.say(row.validation, lambda figure: say(figure, "validation"))
+    return _say(row.validation, lambda figure: say(figure, "validation"), notes)
+
+
+def _say(figure: Figure, text: Callable[[Measurement], str], notes: Footnotes) -> str:
+    return f"unavailable [{notes.number(figure.reason)}]" if isinstance(figure, Unavailable) else text(figure)
 
 
 def _latency(figure: Measurement) -> str:
+    from targets.report.table import lower_bound
+
     p95 = figure.detail.get("p95")
     upper = f" / {float(p95):.3g}" if p95 is not None else ""
     mean = "mean " if figure.detail.get("statistic") == "mean" else ""
-    return f"{mean}{figure.value:.3g}{upper} {figure.unit}, {figure.origin.value}"
+    bound = ", a lower bound" if lower_bound(figure) else ""
+    return f"{mean}{figure.value:.3g}{upper} {figure.unit}, {figure.origin.value}{bound}"
 
 
 def _size(count: float) -> str:

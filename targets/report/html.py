@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from targets.outcome import ProfileOutcome, Row, RunSummary, State
 from targets.report import figures
 from targets.report.compare import size_ratio, twin_verdicts
 from targets.report.facts import fact_groups
+from targets.report.footnotes import Footnotes, full
 from targets.report.picture import Picture, draw, kind_of
 from targets.report.seeds import SEED_HEADERS, seed_rows, seed_sentences
 from targets.report.table import (
@@ -31,21 +32,6 @@ from targets.report.table import (
 )
 
 WIDE_PX, NARROW_PX = (920.0, 470.0), (380.0, 440.0)
-
-
-@dataclass
-class Footnotes:
-    """Reasons of one table, each written once and referred to by its number."""
-
-    reasons: list[str] = field(default_factory=list)
-
-    def number(self, missing: Unavailable) -> int:
-        """The number of this reason, a new one when it was not there yet."""
-        reason = (missing.reason or "no reason was recorded").rstrip(".")
-        text = f"{reason}. {missing.hint}".strip()
-        if text not in self.reasons:
-            self.reasons.append(text)
-        return self.reasons.index(text) + 1
 
 
 @dataclass(frozen=True)
@@ -121,7 +107,7 @@ def _pictures(outcome: ProfileOutcome, metric: str) -> list[tuple[str, Picture]]
 def _cell(figure: Figure, render: Callable[[float], str], notes: Footnotes, sub: str = "") -> Cell:
     if isinstance(figure, Measurement):
         return Cell(render(figure.value), sub, figure.origin.value, figure.device)
-    return Cell("unavailable", note=notes.number(figure))
+    return Cell("unavailable", note=notes.number(full(figure)))
 
 
 def _beside(row: Row) -> str:
@@ -159,7 +145,7 @@ def _row(row: Row, outcome: ProfileOutcome, metric: str, notes: Footnotes) -> di
 def _said(text: str, notes: Footnotes) -> Cell:
     """A cell of the plain table: its part in brackets goes to the second line, a reason to the footnotes."""
     if text.startswith("unavailable: "):
-        return Cell("unavailable", note=notes.number(Unavailable(text.removeprefix("unavailable: "))))
+        return Cell("unavailable", note=notes.number(full(Unavailable(text.removeprefix("unavailable: ")))))
     number, _, rest = text.partition(" (")
     return Cell(number, rest.rstrip(")"))
 

@@ -9,6 +9,7 @@ from targets.outcome import ProfileOutcome, Row, RunSummary
 from targets.report import figures
 from targets.report.compare import twin_verdicts
 from targets.report.facts import fact_groups
+from targets.report.footnotes import Footnotes
 from targets.report.seeds import SEED_HEADERS, seed_rows, seed_sentences
 from targets.report.table import (
     HEADERS,
@@ -59,18 +60,14 @@ def _overview(summary: RunSummary) -> list[str]:
 
 def _noted(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A table whose reasons stand below it, each once."""
-    reasons: list[str] = []
+    notes = Footnotes()
 
     def short(cell: str) -> str:
         word, separator, reason = cell.partition(": ")
-        if word != "unavailable" or not separator:
-            return cell
-        if reason not in reasons:
-            reasons.append(reason)
-        return f"unavailable ({reasons.index(reason) + 1})"
+        return f"unavailable ({notes.number(reason)})" if word == "unavailable" and separator else cell
 
     lines = markdown_table(headers, [[short(cell) for cell in row] for row in rows])
-    for number, reason in enumerate(reasons, 1):
+    for number, reason in enumerate(notes.reasons, 1):
         lines += ["", f"({number}) {escape(reason)}"]
     return lines
 
