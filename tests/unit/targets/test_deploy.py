@@ -190,6 +190,18 @@ def test_a_simulator_runs_as_much_as_the_recipe_says(candidates, data, tmp_path)
         np.testing.assert_array_equal(np.concatenate([labels for _, labels in parts]), first.labels)
 
 
+def test_a_simulator_says_how_far_it_is_and_leaves_only_whole_sets_behind(candidates, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("targets.trial.EVALUATION_BATCH", 5)
+    cache: dict[str, np.ndarray] = {}
+    told: list[str] = []
+    deploy_to = {"cache": cache, "on_event": lambda name, event: told.append(event["text"])}
+    run("numpy-reference", candidates, data, tmp_path, **deploy_to)
+    assert not [key for key in cache if '"batch"' in key]
+    assert cache
+    total = len(data.validation)
+    assert any(f"of {total} samples of student through the simulator" in text for text in told)
+
+
 def test_a_device_elsewhere_gets_accuracy_by_proxy_and_no_latency(candidates, data, tmp_path):
     outcome = run("raspberry-pi-5", candidates, data, tmp_path)
     assert outcome.device == "Broadcom BCM2712, 4x Arm Cortex-A76"
