@@ -118,7 +118,7 @@ class DataConfig(Frozen):
 
 
 class AcceptConfig(Frozen):
-    """The promise. A profile that misses it makes the command end with exit code 3."""
+    """The promise. A profile that misses it, on validation or on test, makes the command end with exit code 3."""
 
     max_drop: float | None = 0.01  # of the task metric, absolute (0.01 = one point), against the teacher
     max_latency_ms: Positive | None = None  # p50 at batch 1

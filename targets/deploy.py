@@ -17,6 +17,7 @@ from compressor.evaluate import (
     class_loyalty,
     further,
     is_distribution,
+    paired_error,
     score,
     unit_of,
     value_loyalty,
@@ -27,7 +28,7 @@ from targets.base import Missing, Ready, TargetBackend
 from targets.clock import Clock
 from targets.dearest import with_nodes
 from targets.exits import sentence, with_shares
-from targets.gate import decide
+from targets.gate import PAIRED_ERROR, confirmed, decide
 from targets.measure import Settings
 from targets.nearness import nearness
 from targets.outcome import Loyalty, Nearness, ProfileOutcome, Promise, Row, State
@@ -102,7 +103,8 @@ def deploy(
     ]
     rows = _rows(run)
     decision = decide(rows, promise)
-    final = _with_test(run, with_nodes(run, decision.rows))
+    decision = confirmed(replace(decision, rows=_with_test(run, with_nodes(run, decision.rows))), promise)
+    final = decision.rows
     return ProfileOutcome(
         profile=profile.name,
         title=profile.title,
@@ -290,11 +292,19 @@ def _test_row(
     shares = class_loyalty(run.data.task, teacher, outputs, test.labels) if teacher is not None else None
     loyal = Loyalty(*shares) if shares is not None else None
     near = value_loyalty(run.data.task, teacher, outputs) if teacher is not None else None
+    if teacher is not None and run.data.task in CLASSIFICATION and test.labels is not None:
+        figure = _paired(figure, paired_error(teacher, outputs, test.labels))
     plain = next((trial.artifact for trial in run.trials if _is_plain(trial.artifact, row)), None)
     equal = None
     if plain is not None and plain.name in found and _has_classes(run, found[plain.name]):
         equal = agreement(found[plain.name], outputs)
     return replace(row, test=figure, loyalty=loyal, regression_loyalty=near, agreement=equal)
+
+
+def _paired(figure: Figure, error: float | None) -> Figure:
+    if error is None or not isinstance(figure, Measurement):
+        return figure
+    return replace(figure, detail={**figure.detail, PAIRED_ERROR: error})
 
 
 def _is_plain(artifact: Artifact, row: Row) -> bool:

@@ -20,6 +20,8 @@ Rules, in this order:
 5. When nothing is feasible, the best so far ships all the same, ``kept`` is False and the verdict names the gap: among
    those that keep the accuracy the one that misses the other limits by least; if none does, the one whose misses, each
    relative to its limit, add up to least.
+6. Validation chooses, test judges: when what ships lies more than ``max_drop`` below the baseline on the test set,
+   the promise is not kept (:func:`confirmed`). Nothing else is chosen then: the test set is touched once.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ TIE = 0.05  # what two measurements of the same file may differ by on a shared m
 LEAST_COVERAGE = 0.5
 HALVES = ("fp16", "bf16")  # float files: no kernel of theirs counts as quantized
 MIB = 2**20
+PAIRED_ERROR = "paired_standard_error"  # detail of a test figure: of its difference to the teacher's, same samples
 ROUNDING = 1e-9  # a drop of exactly the limit is inside it
 
 
@@ -61,10 +64,9 @@ class Miss:
 
 def decide(rows: Sequence[Row], promise: Promise) -> Decision:
     """Choose what ships. ``rows`` hold one teacher row (or none), perhaps a null twin, and the student's rows."""
-    teacher = next((row for row in rows if row.artifact.role == "teacher"), None)
     students = [row for row in rows if row.artifact.role == "student"]
-    plain = next((row for row in students if row.artifact.precision == "fp32"), None)
-    baseline = teacher if teacher is not None and value_of(teacher.validation) is not None else plain
+    plain = _plain(rows)
+    baseline = _baseline(rows)
     usable = [row for row in students if row.state not in (State.FAILED, State.UNAVAILABLE)]
     if not usable:
         reasons = "; ".join(f"{row.artifact.name}: {row.reason}" for row in students)
@@ -84,6 +86,34 @@ def decide(rows: Sequence[Row], promise: Promise) -> Decision:
         return Decision(final, False, verdict)
     rejected = [row for row in usable if row.artifact.precision != "fp32" and misses[row.artifact.name]]
     return Decision(final, True, _verdict(chosen, why, promise, [misses[row.artifact.name] for row in rejected]))
+
+
+def confirmed(decision: Decision, promise: Promise) -> Decision:
+    """The decision in the light of the test figures, which ``decision.rows`` now hold."""
+    chosen, baseline = next((row for row in decision.rows if row.shipped), None), _baseline(decision.rows)
+    if not decision.kept or chosen is None or baseline is None or promise.max_drop is None:
+        return decision
+    if not isinstance(chosen.test, Measurement) or not isinstance(baseline.test, Measurement):
+        return decision
+    told = _loss(chosen.test, baseline.test, promise.max_drop, "on test")
+    if not told:
+        return decision
+    error = chosen.test.detail.get(PAIRED_ERROR)
+    if error is not None and baseline.artifact.role == "teacher":
+        told += f" (the loss is known to within {1.96 * 100 * float(error):.2f} points at 95 %)"
+    verdict = f"the promise is kept on validation and not on the test set: {told}. {decision.verdict}"
+    return replace(decision, kept=False, verdict=verdict)
+
+
+def _plain(rows: Sequence[Row]) -> Row | None:
+    """The student's fp32 file."""
+    return next((row for row in rows if row.artifact.role == "student" and row.artifact.precision == "fp32"), None)
+
+
+def _baseline(rows: Sequence[Row]) -> Row | None:
+    """Whose accuracy, speed and size count: the teacher's, or the student's fp32 file's where it has no accuracy."""
+    teacher = next((row for row in rows if row.artifact.role == "teacher"), None)
+    return teacher if teacher is not None and value_of(teacher.validation) is not None else _plain(rows)
 
 
 def value_of(figure: Figure) -> float | None:
@@ -137,14 +167,21 @@ def _accuracy_misses(row: Row, baseline: Row | None, promise: Promise) -> list[M
     if wanted is None or got is None:
         reason = getattr(row.validation, "reason", "") or "no figure"
         return [Miss(f"its accuracy is unknown ({reason})", 1.0, accuracy=True)]
-    drop = quality_of(baseline.validation) - quality_of(row.validation)
-    if drop <= promise.max_drop + ROUNDING:
+    told = _loss(row.validation, baseline.validation, promise.max_drop, "on validation")
+    if not told:
         return []
-    told = f"it loses {100 * drop:.2f} points on validation, {100 * promise.max_drop:.2f} are allowed"
-    if getattr(row.validation, "unit", "1") == PERPLEXITY:
-        rise, allowed = math.expm1(drop), math.expm1(promise.max_drop)
-        told = f"its perplexity is {rise:.1%} higher on validation, {allowed:.1%} is allowed"
-    return [Miss(told, drop - promise.max_drop, accuracy=True)]
+    gap = quality_of(baseline.validation) - quality_of(row.validation) - promise.max_drop
+    return [Miss(told, gap, accuracy=True)]
+
+
+def _loss(mine: Figure, theirs: Figure, most: float, where: str) -> str:
+    """What a figure loses to another, if that is more than ``most``; otherwise empty."""
+    drop = quality_of(theirs) - quality_of(mine)
+    if drop <= most + ROUNDING:
+        return ""
+    if getattr(mine, "unit", "1") == PERPLEXITY:
+        return f"its perplexity is {math.expm1(drop):.1%} higher {where}, {math.expm1(most):.1%} is allowed"
+    return f"it loses {100 * drop:.2f} points {where}, {100 * most:.2f} are allowed"
 
 
 def _limit_misses(row: Row, promise: Promise) -> list[Miss]:

@@ -4,7 +4,7 @@ A *run* takes model inputs by name and returns outputs by name. :func:`predict` 
 :func:`score` turns the predictions into the task's metric; :func:`loyalty` compares a student with its teacher.
 """
 
-from compressor.evaluate.agreement import agreement, closeness, is_distribution, loyalty
+from compressor.evaluate.agreement import agreement, closeness, is_distribution, loyalty, paired_error
 from compressor.evaluate.embeddings import pair_correlation, ranking_gain, regression_loyalty, similarity_correlation
 from compressor.evaluate.loyal import class_loyalty, scalar_loyalty, value_loyalty
 from compressor.evaluate.metrics import PERPLEXITY, further, metric_name, quality, score, unit_of
@@ -42,6 +42,7 @@ __all__ = [
     "loyalty",
     "metric_name",
     "pair_correlation",
+    "paired_error",
     "predict",
     "quality",
     "ranking_gain",

@@ -29,6 +29,23 @@ def agreement(reference: Array, outputs: Array) -> float:
     return float(np.mean(predicted_class(reference) == predicted_class(outputs)))
 
 
+def paired_error(reference: Array, outputs: Array, labels: Array) -> float | None:
+    """Standard error of the difference of two models' accuracies on the same samples; None for fewer than two.
+
+    Samples that both get right, or both wrong, add nothing: it is smaller than that of independent proportions
+    (the paired proportions of McNemar, 1947). ``reference``, ``outputs``: (N, C); ``labels``: (N,).
+
+    >>> right, wrong = np.array([[0.0, 1.0]] * 4), np.array([[0.0, 1.0]] * 3 + [[1.0, 0.0]])
+    >>> paired_error(right, wrong, np.ones(4))
+    0.25
+    """
+    if len(labels) < 2:
+        return None
+    first, second = (predicted_class(array) == labels for array in (reference, outputs))
+    gaps = first.astype(np.float64) - second
+    return float(gaps.std(ddof=1) / np.sqrt(len(gaps)))
+
+
 def closeness(outputs: Array, reference: Array) -> float:
     """Mean over samples of 1 - ||output - reference|| / ||reference||, each sample's value cut to 0..1."""
     flat, wanted = (array.reshape(len(array), -1).astype(np.float64) for array in (outputs, reference))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from compressor.types import Figure, Measurement, Unavailable
 from targets.base import UNQUANTIZED, NodeFact
+from targets.gate import PAIRED_ERROR
 from targets.outcome import ProfileOutcome, Row, RunSummary
 from targets.report import figures
 from targets.report.compare import drop, size_ratio
@@ -113,14 +114,16 @@ def _cells(row: Row, outcome: ProfileOutcome, metric: str) -> list[str]:
 
 
 def drop_text(row: Row, outcome: ProfileOutcome, metric: str) -> str:
-    """``−0.38 (test)``; the teacher is its own reference."""
+    """``−0.38 ± 0.61 (test)``, with the paired 95 % interval where it is known; the teacher is its own reference."""
     if row.artifact.role == "teacher" and row.artifact.precision == "fp32":
         return "reference"
     found = drop(row, outcome)
     if found is None:
         return "unavailable: no split has a figure for both this row and the teacher"
     split, value = found
-    return f"{figures.points(value, metric)} ({split})"
+    error = figures.detail_of(row.test, PAIRED_ERROR) if split == "test" else None
+    within = "" if error is None else f" ± {1.96 * 100 * error:.2f}"
+    return f"{figures.points(value, metric)}{within} ({split})"
 
 
 def shown_latency(row: Row) -> Figure:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from compressor.types import Artifact, Format, Measurement, Origin, Unavailable
 from targets.base import Compiled, Coverage, NodeFact
-from targets.gate import decide
+from targets.gate import PAIRED_ERROR, confirmed, decide
 from targets.outcome import Promise, Row, State
 
 AWAY = Unavailable("no board attached")
@@ -227,3 +228,53 @@ def test_without_a_teacher_the_students_fp32_file_is_the_baseline():
     decision = decide(rows, Promise())
     assert shipped(decision) == ["fp32"]
     assert decision.kept
+
+
+def test_validation_chooses_and_test_judges():
+    """A loss on the test set that was not to be is told, with how well it is known, and nothing else is chosen."""
+    rows = [
+        teacher(test=number(0.92)),
+        row("fp32", ms=2.0, accuracy=0.919, test=number(0.92)),
+        row("a", precision="int8-static", ms=1.0, accuracy=0.915, coverage=FULL, test=number(0.899)),
+    ]
+    promise = Promise(max_drop=0.01)
+    decision = decide(rows, promise)
+    assert decision.kept
+    judged = confirmed(decision, promise)
+    assert not judged.kept
+    assert shipped(judged) == ["a"], "the test set chooses nothing"
+    assert judged.verdict.startswith(
+        "the promise is kept on validation and not on the test set: it loses 2.10 points on test, 1.00 are allowed. a"
+    )
+    assert confirmed(decide(rows, Promise(max_drop=0.021)), Promise(max_drop=0.021)).kept, "exactly the limit is inside"
+    assert confirmed(decide(rows, Promise(max_drop=None)), Promise(max_drop=None)).kept, "nothing was asked for"
+
+    error = Measurement(0.899, "1", Origin.MEASURED, "here", {PAIRED_ERROR: 0.005})
+    known = replace(decision, rows=tuple(replace(item, test=error) if item.shipped else item for item in decision.rows))
+    assert "(the loss is known to within 0.98 points at 95 %)" in confirmed(known, promise).verdict
+
+
+def test_test_figures_judge_nothing_where_there_are_none():
+    promise = Promise(max_drop=0.01)
+    for other in ({"test": AWAY}, {"test": number(0.5)}):
+        rows = [teacher(), row("fp32", ms=2.0, accuracy=0.919, **other)]
+        decision = decide(rows, promise)
+        assert confirmed(decision, promise) == decision
+    missed = decide([teacher(test=number(0.9)), row("fp32", accuracy=0.5, test=number(0.5))], promise)
+    assert confirmed(missed, promise) == missed, "it says already that the promise is not kept"
+    plain = row("fp32", ms=2.0, accuracy=0.9, test=number(0.9))
+    int8 = row("a", precision="int8-static", accuracy=0.9, coverage=FULL, test=number(0.8))
+    assert not confirmed(decide([plain, int8], promise), promise).kept, "without a teacher the fp32 file is the measure"
+
+
+def test_perplexity_is_judged_on_test_as_a_ratio():
+    def of(value):
+        return number(value, "perplexity")
+
+    rows = [
+        replace(teacher(), validation=of(20.0), test=of(20.0)),
+        replace(row("fp32", ms=2.0), validation=of(20.5), test=of(23.0)),
+    ]
+    promise = Promise(max_drop=0.05)
+    judged = confirmed(decide(rows, promise), promise)
+    assert "its perplexity is 15.0% higher on test, 5.1% is allowed" in judged.verdict
