@@ -254,6 +254,12 @@ def test_validation_chooses_and_test_judges():
     assert "(the loss is known to within 0.98 points at 95 %)" in confirmed(known, promise).verdict
 
 
+def test_a_miss_by_a_hair_does_not_read_as_a_hit():
+    rows = [teacher(test=number(0.92)), row("fp32", ms=2.0, accuracy=0.919, test=number(0.90997))]
+    promise = Promise(max_drop=0.01)
+    assert "it loses 1.003 points on test, 1.000 are allowed" in confirmed(decide(rows, promise), promise).verdict
+
+
 def test_test_figures_judge_nothing_where_there_are_none():
     promise = Promise(max_drop=0.01)
     for other in ({"test": AWAY}, {"test": number(0.5)}):
